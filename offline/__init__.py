@@ -1,0 +1,1 @@
+"""The offline quantizer: capture → factor → nearest plane → encode → checkpoint."""

@@ -1,0 +1,4 @@
+"""Triton kernels that multiply with lattice-quantized weights, and the function that chooses among them."""
+
+if __name__ == "triton_kernels":
+    raise ImportError("import vllm_babai.triton_kernels: a top-level triton_kernels would hide vLLM's own package")

@@ -1,0 +1,66 @@
+"""SSQR, dense + sparse: `bits` per weight, and an overflow blob with what does not fit. Nothing is clipped."""
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_babai.format.errors import FormatError
+from vllm_babai.format.lattice import MAX_INTEGER, LatticeWeight, integer_range
+from vllm_babai.format.overflow import decode_overflow, encode_overflow, read_header
+from vllm_babai.format.packing import pack, unpack
+
+
+@dataclass(frozen=True)
+class SSQR:
+    """One linear layer as it lies on disk.
+
+    qweight: uint8 [out_features, packed_bytes(in_features, bits)], see `format.packing`.
+    scales: bfloat16 [out_features, groups].
+    overflow: uint8 [bytes], see `format.overflow`.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    overflow: Tensor
+
+    @classmethod
+    def encode(cls, weight: LatticeWeight, bits: int) -> "SSQR":
+        """Store a lattice point with `bits` dense bits per weight; exact for any |z| ≤ 2¹⁵ − 1."""
+        if weight.integers.numel() and weight.integers.abs().max() > MAX_INTEGER:
+            raise ValueError(f"integers larger than {MAX_INTEGER} cannot be stored")
+        low, high = integer_range(bits)
+        dense = weight.integers.clamp(low, high)
+        qweight = pack(dense, bits)
+        scales = weight.scales.expand(weight.integers.shape[0], -1).contiguous()
+        excess = weight.integers.int() - dense.int()
+        return cls(qweight, scales, encode_overflow(excess, bits, dense_crc(qweight, scales)))
+
+    def decode(self) -> tuple[LatticeWeight, int]:
+        """The stored lattice point and its dense bits. Raises FormatError on anything truncated or corrupt."""
+        header = read_header(self.overflow)
+        if self.qweight.shape[0] != header.rows or self.scales.shape[0] != header.rows:
+            raise FormatError(
+                f"overflow blob is of a layer with {header.rows} rows, but qweight has {self.qweight.shape[0]}"
+                f" and scales {self.scales.shape[0]}"
+            )
+        integers = unpack(self.qweight, header.bits, header.columns)
+        if dense_crc(self.qweight, self.scales) != header.dense_crc:
+            raise FormatError("qweight or scales are corrupt: their CRC does not match the overflow blob's")
+        sparse = decode_overflow(self.overflow)
+        integers[sparse.rows.long(), sparse.columns.long()] += sparse.excess.short()
+        return LatticeWeight(integers, self.scales), header.bits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name → tensor, as stored in safetensors below the linear's own name."""
+        return {"qweight": self.qweight, "scales": self.scales, "overflow": self.overflow}
+
+
+def dense_crc(qweight: Tensor, scales: Tensor) -> int:
+    """CRC-32 of the bytes of qweight, then of scales."""
+    parts = (t.contiguous().view(torch.uint8).numpy() for t in (qweight, scales))
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return crc
