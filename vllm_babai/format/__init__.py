@@ -1,5 +1,6 @@
 """Checkpoint formats: encode and decode lattice points. Needs torch and numpy only, neither vllm nor triton."""
 
+from vllm_babai.format.config import CheckpointConfig, LayerScheme
 from vllm_babai.format.errors import FormatError
 from vllm_babai.format.lattice import LatticeWeight, integer_range
 from vllm_babai.format.overflow import Overflow, decode_overflow, read_header
@@ -9,8 +10,10 @@ from vllm_babai.format.ssqr import SSQR
 __all__ = [
     "BIT_WIDTHS",
     "SSQR",
+    "CheckpointConfig",
     "FormatError",
     "LatticeWeight",
+    "LayerScheme",
     "Overflow",
     "decode_overflow",
     "integer_range",

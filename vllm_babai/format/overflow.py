@@ -1,11 +1,12 @@
 """The sparse part of SSQR: what integers exceed the dense range by, in one self-describing blob per linear.
 
 Layout (little endian): header, int32 entry offset of every tile (tiles + 1 of them), then all entries as one bit
-stream. Tiles of TILE_ROWS × TILE_COLUMNS weights (or as wide as the matrix) follow each other row by row, so that a rank which holds some rows or
-columns decodes its tiles alone. Inside a tile positions count row by row, and an entry is (gap, digit):
+stream. Tiles of TILE_ROWS × TILE_COLUMNS weights (or as wide as the matrix) follow each other row by row, so that a
+rank which holds some rows or columns decodes its tiles alone. Inside a tile positions count row by row, and an entry is
+(gap, digit):
 
 - gap, `gap_bits`, unsigned: distance from the preceding position (from −1 at the start of a tile). Gap 0 stays at the
-  position and brings the next higher digit of its excess. A gap too long for the field is bridged by entries of digit 0.
+  position and brings the next higher digit of its excess. Entries of digit 0 bridge a gap too long for the field.
 - digit, `digit_bits`, two's complement: one digit of the excess in the balanced base 2^digit_bits.
 
 The encoder takes the field widths that make the blob smallest; about 12 bits an entry at 1% overflow.
@@ -95,7 +96,8 @@ def read_header(blob: Tensor) -> Header:
     magic, version, bits, gap_bits, digit_bits, *sizes, entries, dense_crc, crc = HEADER.unpack_from(raw)
     if version != VERSION:
         raise FormatError(f"overflow blob has format version {version}; this version reads {VERSION}")
-    header = Header(bits, gap_bits, digit_bits, *sizes, entries, dense_crc)
+    tile_rows, tile_columns, rows, columns = sizes
+    header = Header(bits, gap_bits, digit_bits, tile_rows, tile_columns, rows, columns, entries, dense_crc)
     if min(header.tile_rows, header.tile_columns) < 1:
         raise FormatError("overflow blob has empty tiles")
     down, across = header.tiles
@@ -111,8 +113,8 @@ def read_header(blob: Tensor) -> Header:
 def decode_overflow(blob: Tensor, row_window: slice | None = None, column_window: slice | None = None) -> Overflow:
     """Entries of a blob inside a window of rows × columns, with coordinates relative to the window.
 
-    Windows need no alignment: tiles that overlap the window are decoded, then filtered. Raises FormatError when the blob
-    is truncated, corrupt or of another version, ValueError when the window leaves the matrix.
+    Windows need no alignment: tiles that overlap the window are decoded, then filtered. Raises FormatError when the
+    blob is truncated, corrupt or of another version, ValueError when the window leaves the matrix.
     """
     header = read_header(blob)
     row_start, row_stop = _bounds(row_window, header.rows, "row")
@@ -178,7 +180,7 @@ def _smallest_fields(distance: np.ndarray, value: np.ndarray) -> tuple[int, int]
 def _spell(
     distance: np.ndarray, value: np.ndarray, bridges: np.ndarray, gap_bits: int, digit_bits: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Spell every value as its bridges, then its digits from the lowest: gaps, digits, and the value each belongs to."""
+    """Spell every value as its bridges, then its digits from the lowest: gaps, digits, and whose value each is."""
     digits = _digit_counts(value, digit_bits)
     per_value = bridges + digits
     owner = np.repeat(np.arange(len(value)), per_value)

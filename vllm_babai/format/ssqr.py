@@ -59,8 +59,7 @@ class SSQR:
 
 def dense_crc(qweight: Tensor, scales: Tensor) -> int:
     """CRC-32 of the bytes of qweight, then of scales."""
-    parts = (t.contiguous().view(torch.uint8).numpy() for t in (qweight, scales))
     crc = 0
-    for part in parts:
-        crc = zlib.crc32(part, crc)
+    for part in (qweight, scales):
+        crc = zlib.crc32(memoryview(part.contiguous().view(torch.uint8).numpy()), crc)
     return crc

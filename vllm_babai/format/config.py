@@ -1,0 +1,65 @@
+"""`quantization_config` in a checkpoint's config.json: how every linear layer is stored."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vllm_babai.format.errors import FormatError
+from vllm_babai.format.packing import BIT_WIDTHS
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "babai"
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """How one linear is stored: dense bits, and input features per scale (−1: one scale per output row)."""
+
+    bits: int
+    group_size: int = -1
+
+    def groups(self, in_features: int) -> int:
+        """Scales per output row."""
+        return 1 if self.group_size == -1 else in_features // self.group_size
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The quantization_config of a babai checkpoint.
+
+    format: name in `format.FORMATS`. bits, group_size: scheme of every linear that `overrides` does not name.
+    ignore: full names of linears stored as they were. overrides: full name of a linear → fields of its LayerScheme.
+    """
+
+    format: str
+    bits: int
+    group_size: int = -1
+    ignore: list[str] = field(default_factory=list)
+    overrides: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def scheme(self, name: str) -> LayerScheme:
+        """How the linear called `name` is stored."""
+        return LayerScheme(**{"bits": self.bits, "group_size": self.group_size, **self.overrides.get(name, {})})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in config.json."""
+        return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "CheckpointConfig":
+        """Read and check a quantization_config. Raises FormatError that names the field at fault."""
+        fields = dict(raw)
+        if fields.pop("quant_method", None) != QUANT_METHOD:
+            raise FormatError(f"quant_method is {raw.get('quant_method')!r}, not {QUANT_METHOD!r}")
+        version = fields.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise FormatError(f"format_version is {version}; this version of vllm-babai reads {FORMAT_VERSION}")
+        unknown = fields.keys() - cls.__dataclass_fields__.keys()
+        missing = {"format", "bits"} - fields.keys()
+        if unknown or missing:
+            raise FormatError(f"quantization_config has unknown fields {sorted(unknown)}, lacks {sorted(missing)}")
+        config = cls(**fields)
+        for name in ("", *config.overrides):
+            bits = config.scheme(name).bits
+            if bits not in BIT_WIDTHS:
+                raise FormatError(f"bits of {name or 'the checkpoint'} is {bits}; this version reads {BIT_WIDTHS}")
+        return config
