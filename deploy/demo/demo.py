@@ -1,0 +1,118 @@
+"""`make demo`: quantize the bundled model, serve it with vLLM, talk to it over the OpenAI API, and show what it cost.
+
+Everything it makes is under build/demo, where it stays: the quantized model can be served again from there.
+"""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from openai import OpenAI
+from rich.console import Console
+from rich.table import Table
+from server import ServerError, serving
+from text import CALIBRATION_MODULES, EVALUATION_MODULES, write_jsonl
+
+MODEL = Path(__file__).parent / "stdlib-6m"
+WORK = Path("build/demo")
+QUANTIZED = WORK / "stdlib-6m-babai-4bit"
+BABAI = Path(sys.executable).with_name("babai")
+
+COMPLETION_PROMPT = "def read_lines(path):\n"
+CHAT_MESSAGE = 'class Queue:\n    """A first-in, first-out queue."""\n\n    def __init__(self'
+
+console = Console(highlight=False)
+
+
+def babai(*arguments: str) -> None:
+    """Show a `babai` command and run it."""
+    console.print(f"[bold]$ babai {shlex.join(arguments)}[/bold]")
+    subprocess.run([BABAI, *arguments], check=True)
+
+
+def babai_json(*arguments: str) -> dict:
+    """Show a `babai` command, run it with --json, and give what it printed."""
+    console.print(f"[bold]$ babai {shlex.join(arguments)}[/bold]")
+    command = [BABAI, *arguments, "--json"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def quantize(calibration: Path) -> None:
+    """Quantize the bundled model to 4 bits."""
+    babai(
+        *("quantize", str(MODEL), str(QUANTIZED), "--format", "ssqr", "--bits", "4", "--overwrite"),
+        *("--calibration", str(calibration), "--samples", "128", "--sequence-length", "512"),
+    )
+
+
+def talk(base_url: str) -> None:
+    """Send one completion and one streaming chat request, and print the answers as they come."""
+    client = OpenAI(base_url=base_url, api_key="none", max_retries=0)
+
+    console.rule("completion")
+    answer = client.completions.create(model=MODEL.name, prompt=COMPLETION_PROMPT, max_tokens=64, temperature=0)
+    console.print(COMPLETION_PROMPT, style="dim", end="", markup=False)
+    console.print(answer.choices[0].text, markup=False)
+
+    console.rule("chat, streamed")
+    console.print(CHAT_MESSAGE, style="dim", end="", markup=False)
+    messages = [{"role": "user", "content": CHAT_MESSAGE}]
+    for chunk in client.chat.completions.create(
+        model=MODEL.name, messages=messages, max_tokens=96, temperature=0, stream=True
+    ):
+        console.print(chunk.choices[0].delta.content or "", end="", markup=False)
+    console.print()
+    console.rule()
+
+
+def checkpoint_megabytes(folder: Path) -> float:
+    """Size of a model's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+
+
+def print_table(evaluation: Path) -> None:
+    """Measure both models and print how they compare."""
+    original = babai_json("eval", str(MODEL), "--data", str(evaluation), "--window", "512")
+    quantized = babai_json("eval", str(QUANTIZED), "--data", str(evaluation), "--window", "512")
+    bits = babai_json("inspect", str(QUANTIZED))["bits_per_weight"]
+
+    table = Table("model", "format", "bits per weight", "checkpoint", "perplexity", title="what it cost")
+    table.add_row("original", "bf16", "16", f"{checkpoint_megabytes(MODEL):.2f} MB", f"{original['perplexity']:.3f}")
+    table.add_row(
+        *("quantized", "babai SSQR, 4 bits", f"{bits:.3f}"),
+        *(f"{checkpoint_megabytes(QUANTIZED):.2f} MB", f"{quantized['perplexity']:.3f}"),
+    )
+    console.print(table)
+    console.print("Bits per weight are of the quantized layers, everything they need on disk counted.")
+    console.print(f"To serve it yourself: .venv/bin/vllm serve {QUANTIZED} --quantization babai")
+
+
+def main() -> None:
+    """Run the demonstration step by step; when serving fails, show the end of the server's log."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    calibration, evaluation, log = WORK / "calibration.jsonl", WORK / "evaluation.jsonl", WORK / "server.log"
+    write_jsonl(calibration, CALIBRATION_MODULES)
+    write_jsonl(evaluation, EVALUATION_MODULES)
+
+    quantize(calibration)
+    console.print(f"[bold]$ vllm serve {QUANTIZED} --quantization babai[/bold]    (its log: {log})")
+    try:
+        with serving(QUANTIZED, MODEL.name, log) as base_url:
+            talk(base_url)
+    except Exception:
+        console.print(f"The end of {log}:", *log.read_text(errors="replace").splitlines()[-40:], sep="\n", markup=False)
+        raise
+    print_table(evaluation)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends like Ctrl-C: through every `finally`
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing is left running")
+    except (ServerError, subprocess.CalledProcessError) as error:
+        sys.exit(f"demo: {error}")
