@@ -61,5 +61,5 @@ def dense_crc(qweight: Tensor, scales: Tensor) -> int:
     """CRC-32 of the bytes of qweight, then of scales."""
     crc = 0
     for part in (qweight, scales):
-        crc = zlib.crc32(part.contiguous().view(torch.uint8).numpy().data, crc)
+        crc = zlib.crc32(part.flatten().view(torch.uint8).numpy().data, crc)
     return crc

@@ -1,0 +1,103 @@
+"""What a decoder block's linears see: groups that share an input, their Hessians, and the block's outputs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_babai.offline.errors import QuantizationError
+
+BATCH_TOKENS = 8192
+
+
+class _Reached(Exception):
+    """Ends a forward pass when the linear of interest has been called."""
+
+
+def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Outputs of a block for a batch of hidden states [sequences, length, hidden]."""
+    output = block(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def batches(hidden: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Cut hidden states [sequences, length, hidden] into batches of about BATCH_TOKENS tokens on `device`."""
+    step = max(1, BATCH_TOKENS // hidden.shape[1])
+    for start in range(0, len(hidden), step):
+        window = slice(start, start + step)
+        yield window, hidden[window].to(device)
+
+
+@torch.inference_mode()
+def shared_inputs(
+    block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor, arguments: dict[str, Any]
+) -> list[list[str]]:
+    """Names of linears in groups that read the same tensor (q/k/v, gate/up), in the order in which they are called.
+
+    Raises QuantizationError that names a linear which the block never calls.
+    """
+    inputs: dict[int, Tensor] = {}  # holds the tensors, so that no two can have the same id
+    groups: dict[int, list[str]] = {}
+
+    def note(name: str) -> Callable:
+        def hook(_: nn.Module, args: tuple) -> None:
+            inputs[id(args[0])] = args[0]
+            groups.setdefault(id(args[0]), []).append(name)
+
+        return hook
+
+    with _hooked((linear, note(name)) for name, linear in linears.items()):
+        run_block(block, hidden[:1], arguments)
+    silent = linears.keys() - {name for group in groups.values() for name in group}
+    if silent:
+        raise QuantizationError(
+            f"{', '.join(sorted(silent))}: not called when the block runs; exclude it with --ignore"
+        )
+    return list(groups.values())
+
+
+@torch.inference_mode()
+def hessian(block: nn.Module, linear: nn.Linear, name: str, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """H = XᵀX / tokens of the inputs X that `linear` sees, float32 [in, in].
+
+    float32 sums of products of a few thousand tokens each lose no more than 1e-6 of an entry's size, far below the
+    damping. Raises QuantizationError when an activation is NaN or Inf.
+    """
+    total = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+    tokens = 0
+
+    def accumulate(_: nn.Module, args: tuple) -> None:
+        nonlocal tokens
+        rows = args[0].reshape(-1, linear.in_features).float()
+        total.addmm_(rows.T, rows)
+        tokens += len(rows)
+        raise _Reached
+
+    with _hooked([(linear, accumulate)]):
+        for _, batch in batches(hidden, linear.weight.device):
+            try:
+                run_block(block, batch, arguments)
+            except _Reached:
+                continue
+    if not torch.isfinite(total.diagonal()).all():
+        raise QuantizationError(f"{name}: its input activations have NaN or Inf on the calibration text")
+    return total / tokens
+
+
+@torch.inference_mode()
+def advance(block: nn.Module, hidden: Tensor, arguments: dict[str, Any], device: torch.device) -> None:
+    """Replace the block's inputs by its outputs, batch by batch and in place."""
+    for window, batch in batches(hidden, device):
+        hidden[window] = run_block(block, batch, arguments).to(hidden.device)
+
+
+@contextmanager
+def _hooked(hooks: Any) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,85 @@
+"""Babai's nearest plane (arXiv 2507.18553, theorem 4), for all output rows of a layer at once.
+
+Row by row the problem is min ‖R(w − s∘z)‖² over integers z. From the last position to the first,
+
+    t_j = w_j + Σ_{k>j} (R_jk / R_jj)(w_k − s_k z_k),    z_j = round(t_j / s_j),
+
+so only the rows of R divided by their diagonal enter: one Cholesky factor and no inverse. GPTQ computes the same
+integers in the opposite order from the factor of the inverse.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_babai.format.lattice import MAX_INTEGER
+from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.offline.factor import Factor
+
+LEAF = 16  # columns decided one by one between matrix products
+
+
+@dataclass(frozen=True)
+class NearestPlane:
+    """What nearest plane found, in the factor's order and transposed: one column per output row of the layer.
+
+    integers: Z, in the dtype of the weight, [n, out]. residual: w − s∘z, [n, out]. targets: t, [n, out].
+    """
+
+    integers: Tensor
+    residual: Tensor
+    targets: Tensor
+
+
+def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor) -> NearestPlane:
+    """Decide every integer; nothing is clipped.
+
+    weight: [n, out], rows in the factor's order. unit_upper: [n, n] as in `Factor`. steps: s, broadcastable to [n, out].
+    The halves are solved from right to left: solve the right half, carry its residual into the targets of the left half
+    with one matrix product, solve the left half. Raises QuantizationError when an integer exceeds 2¹⁵ − 1.
+    """
+    targets = weight.clone()
+    residual = torch.empty_like(weight)
+    integers = torch.empty_like(weight)
+    steps = steps.expand_as(weight)
+
+    def solve(low: int, high: int) -> None:
+        if high - low > LEAF:
+            middle = low + (high - low) // 2
+            solve(middle, high)
+            targets[low:middle].addmm_(unit_upper[low:middle, middle:high], residual[middle:high])
+            solve(low, middle)
+            return
+        for j in range(high - 1, low - 1, -1):
+            targets[j].addmv_(residual[j + 1 : high].T, unit_upper[j, j + 1 : high])
+            torch.div(targets[j], steps[j], out=integers[j]).round_()
+            torch.addcmul(weight[j], integers[j], steps[j], value=-1, out=residual[j])
+
+    solve(0, len(weight))
+    largest = integers.abs().max() if integers.numel() else 0
+    if not largest <= MAX_INTEGER:
+        raise QuantizationError(
+            f"an integer reached {float(largest):.0f}, more than {MAX_INTEGER}: the step is too small"
+        )
+    return NearestPlane(integers, residual, targets)
+
+
+def squared_error(residual: Tensor, factor: Factor) -> Tensor:
+    """‖R(w − s∘z)‖² of every output row, float64 [out]; per calibration token, damping included."""
+    step = 4096
+    upper = factor.unit_upper
+    total = torch.zeros(residual.shape[1], dtype=torch.float64, device=residual.device)
+    for i in range(0, len(upper), step):
+        rows = upper[i : i + step] @ residual
+        total += (rows.double().square() * factor.pivots[i : i + step, None]).sum(0)
+    return total
+
+
+def mean_error(steps: Tensor, factor: Factor) -> Tensor:
+    """Expected squared error ¹⁄₁₂ Σ_j s_j² D_j of every output row, float64 [out] (or [1] for one step).
+
+    Three times this is the bound that no row can exceed (arXiv 2507.18553, theorem 5).
+    """
+    steps = steps.expand(len(factor.pivots), -1)
+    return factor.pivots @ steps.double().square() / 12

@@ -1,0 +1,82 @@
+"""Options of a quantization run."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from vllm_babai.format import BIT_WIDTHS
+from vllm_babai.offline.checkpoint import torch_dtype
+from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.offline.factor import ORDERS, Order
+
+GROUP_SIZES = (-1, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What `babai quantize` takes. Raises QuantizationError that names the option at fault.
+
+    bits: dense bits per weight. overflow: share of weights stored sparsely. group_size: input features per scale, −1 for
+    one scale per output row. order: of nearest plane. calibration: file or hub dataset; samples × sequence_length
+    tokens of it are used (0: 2048, or what the model's positions allow). damping: λ over the Hessian's mean diagonal.
+    ignore: regular expressions; linears whose full name one of them finds stay as they are. device, dtype: of the
+    model's forward pass; 'auto' is CUDA where there is one, and bfloat16 there, float32 on the CPU.
+    """
+
+    format: Literal["ssqr"] = "ssqr"
+    bits: int = 4
+    overflow: float = 0.01
+    group_size: int = -1
+    order: Order = "activation"
+    calibration: str = "NeelNanda/pile-10k"
+    samples: int = 128
+    sequence_length: int = 0
+    damping: float = 0.01
+    ignore: list[str] = field(default_factory=list)
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check("--bits", self.bits in BIT_WIDTHS, f"one of {BIT_WIDTHS}", self.bits)
+        _check("--overflow", 0 <= self.overflow <= 0.2, "from 0 to 0.2", self.overflow)
+        _check("--group-size", self.group_size in GROUP_SIZES, f"one of {GROUP_SIZES}", self.group_size)
+        _check("--order", self.order in ORDERS, f"one of {', '.join(ORDERS)}", self.order)
+        _check("--samples", self.samples > 0, "positive", self.samples)
+        _check("--sequence-length", self.sequence_length >= 0, "positive", self.sequence_length)
+        _check("--damping", 0 <= self.damping <= 1, "from 0 to 1", self.damping)
+        for pattern in self.ignore:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise QuantizationError(f"--ignore {pattern} is not a regular expression: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def resolve_device(self) -> torch.device:
+        """The device to compute on. Raises QuantizationError when CUDA is asked for and missing."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise QuantizationError("--device cuda: there is no CUDA device; use cpu or auto")
+        _check("--device", self.device.split(":")[0] in ("cpu", "cuda"), "auto, cpu or cuda", self.device)
+        return torch.device(self.device)
+
+    def resolve_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype of the model's forward pass."""
+        if self.dtype == "auto":
+            return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return torch_dtype(self.dtype)
+
+    def ignores(self, linear: str) -> bool:
+        """Whether the linear with this full name stays as it is."""
+        return any(re.search(pattern, linear) for pattern in self.ignore)
+
+
+def _check(option: str, holds: bool, wanted: str, value: object) -> None:
+    if not holds:
+        raise QuantizationError(f"{option} must be {wanted}, not {value}")
