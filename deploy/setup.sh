@@ -65,22 +65,21 @@ build=cpu
 if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then
     build=gpu
 fi
-wanted="$build $PWD $(cat pyproject.toml deploy/setup.sh | sha256sum)"
-if [[ -x .venv/bin/python && $wanted == "$(cat .venv/ready 2>/dev/null)" ]]; then
+# .venv/setup-state says for which build and folder .venv was made, and from what; a .venv made by hand has none.
+state=$(cat .venv/setup-state 2>/dev/null || true)
+made_for="$build $PWD"
+wanted="$made_for $(cat pyproject.toml deploy/setup.sh | sha256sum)"
+if [[ -x .venv/bin/python && $state == "$wanted" ]]; then
     exit
 fi
 
-if [[ -e .venv/unfinished ]]; then
-    rm -rf .venv
-fi
-if [[ ! -x .venv/bin/python ]]; then
+echo "Setting up .venv with the $build build of vLLM; the first time this takes a few minutes."
+if [[ ! -x .venv/bin/python || (-n $state && $state != "$made_for "*) ]]; then
     python=$(find_python)
-    mkdir -p .venv
-    touch .venv/unfinished
+    rm -rf .venv
+    mkdir .venv
+    echo unfinished >.venv/setup-state
     "$python" -m venv .venv
 fi
-echo "Setting up .venv with the $build build of vLLM; the first time this takes a few minutes."
-rm -f .venv/ready
 "install_$build"
-rm -f .venv/unfinished
-echo "$wanted" >.venv/ready
+echo "$wanted" >.venv/setup-state
