@@ -16,7 +16,7 @@ def calibration_tokens(tokenizer: Any, source: str, samples: int, length: int, s
     """`samples` sequences of `length` tokens from `source`, int64 [samples, length]; `seed` fixes the choice.
 
     source: a .jsonl file with `text` or chat `messages`, a .txt or .parquet file, or the name of a hub dataset.
-    Documents are joined and cut, so that every sequence is full. Raises QuantizationError when there is too little text.
+    Documents are joined and cut, so that every sequence is full. Raises QuantizationError for too little text.
     """
     tokens: list[int] = []
     local = Path(source).exists()

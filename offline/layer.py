@@ -107,13 +107,14 @@ def _search_scales(
         targets, unseen = expected_targets(weight, _steps(scales, cells), factor, seed + attempt)
         scales = overflow_scales(targets, cells, pivots, bits, overflow)
     asked = overflow * _ratio(overflow, _overflow_rate(unseen / _steps(scales, cells), bits))
-    for passes in range(1, MAX_PASSES + 1):
+    passes, missed = 0, True
+    while missed and passes < MAX_PASSES:
         scales = overflow_scales(targets, cells, pivots, bits, asked)
         solution = nearest_plane(weight, factor.unit_upper, _steps(scales, cells))
         reached = _overflow_rate(solution.integers, bits)
-        if abs(reached - overflow) <= RATE_TOLERANCE * overflow:
-            break
+        missed = abs(reached - overflow) > RATE_TOLERANCE * overflow
         asked *= _ratio(overflow, reached)
+        passes += 1
     return scales, solution, passes
 
 

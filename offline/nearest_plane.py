@@ -35,7 +35,7 @@ class NearestPlane:
 def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor) -> NearestPlane:
     """Decide every integer; nothing is clipped.
 
-    weight: [n, out], rows in the factor's order. unit_upper: [n, n] as in `Factor`. steps: s, broadcastable to [n, out].
+    weight: [n, out], rows in the factor's order. unit_upper: [n, n] as in `Factor`. steps: broadcastable to [n, out].
     The halves are solved from right to left: solve the right half, carry its residual into the targets of the left half
     with one matrix product, solve the left half. Raises QuantizationError when an integer exceeds 2¹⁵ − 1.
     """

@@ -18,8 +18,8 @@ GROUP_SIZES = (-1, 32, 64, 128)
 class QuantizeOptions:
     """What `babai quantize` takes. Raises QuantizationError that names the option at fault.
 
-    bits: dense bits per weight. overflow: share of weights stored sparsely. group_size: input features per scale, −1 for
-    one scale per output row. order: of nearest plane. calibration: file or hub dataset; samples × sequence_length
+    bits: dense bits per weight. overflow: share of weights stored sparsely. group_size: input features per scale, −1
+    for one scale per output row. order: of nearest plane. calibration: file or hub dataset; samples × sequence_length
     tokens of it are used (0: 2048, or what the model's positions allow). damping: λ over the Hessian's mean diagonal.
     ignore: regular expressions; linears whose full name one of them finds stay as they are. device, dtype: of the
     model's forward pass; 'auto' is CUDA where there is one, and bfloat16 there, float32 on the CPU.

@@ -133,7 +133,8 @@ def write_index(folder: Path, files: list[Path]) -> None:
     """model.safetensors.index.json over `files`."""
     from safetensors import safe_open
 
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for path in files:
         total += path.stat().st_size
         with safe_open(path, framework="pt") as file:

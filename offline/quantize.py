@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -17,7 +16,7 @@ from vllm_babai.offline.factor import factorize
 from vllm_babai.offline.layer import LayerReport, quantize_ssqr
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.output import PartialOutput, open_output
-from vllm_babai.offline.streamed_model import StreamedModel, open_streamed
+from vllm_babai.offline.streamed_model import open_streamed
 
 
 def quantize(
@@ -25,9 +24,9 @@ def quantize(
 ) -> Path:
     """Quantize a Hugging Face causal LM to a folder that vLLM serves; returns the folder.
 
-    model: folder or hub name. out: folder to make; it appears when it is complete. resume: go on with an interrupted run
-    of the same options. overwrite: replace `out`, and an interrupted run, if there is one. Memory: one decoder block and
-    its calibration inputs. Raises QuantizationError for anything the user can mend.
+    model: folder or hub name. out: folder to make; it appears when it is complete. resume: go on with an interrupted
+    run of the same options. overwrite: replace `out`, and an interrupted run, if there is one. Memory: one decoder
+    block and its calibration inputs. Raises QuantizationError for anything the user can mend.
     """
     checkpoint = open_checkpoint(model)
     device = options.resolve_device()
@@ -99,7 +98,7 @@ def _restore(block: nn.Module, linears: dict[str, nn.Linear], output: PartialOut
     stored = output.read_block(index)
     for name, linear in linears.items():
         parts = SSQR(*(stored[f"{name}.{key}"] for key in ("qweight", "scales", "overflow")))
-        _replace(linear, parts.decode()[0].dequantize())
+        _replace(linear, parts.decode().dequantize())
 
 
 def _replace(linear: nn.Linear, weight: Tensor) -> None:

@@ -61,7 +61,7 @@ class StreamedModel:
         return {f"{name}.{n}": m for n, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
 
     def load_block(self, index: int) -> nn.Module:
-        """A copy of block `index` with its weights, in eval mode. Raises QuantizationError for missing tensors or NaN."""
+        """A copy of block `index` with its weights. Raises QuantizationError for missing tensors or NaN."""
         name = self.block_name(index)
         state = self.checkpoint.read_below(f"{name}.")
         for key, tensor in state.items():
@@ -79,13 +79,13 @@ class StreamedModel:
         """
         backbone, _, list_name = self.blocks_name.rpartition(".")
         model = copy.deepcopy(self.skeleton.get_submodule(backbone))
-        recorders = nn.ModuleList(_Recorder(block) for block in self.blocks)
-        setattr(model, list_name, recorders)
+        recorders = [_Recorder(block) for block in self.blocks]
+        setattr(model, list_name, nn.ModuleList(recorders))
         prefix = f"{backbone}." if backbone else ""
         wanted = {key for key, _ in model.named_parameters()} | {key for key, _ in model.named_buffers()}
         state = {key: self.checkpoint.read(prefix + key) for key in wanted if prefix + key in self.checkpoint.files}
         _fill(model, state, backbone, self.device, self.dtype)
-        hidden = []
+        hidden: list[Tensor] = []
         with torch.inference_mode():
             for sequence in tokens:
                 model(sequence[None].to(self.device), use_cache=False)
@@ -125,7 +125,7 @@ def _find_blocks(skeleton: nn.Module, config: Any) -> str:
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a module on the meta device its tensors; buffers that no checkpoint stores are computed as at construction."""
+    """Give a module on the meta device its tensors; buffers that no checkpoint stores are computed anew."""
     state = {key: t.to(device, dtype if t.is_floating_point() else None) for key, t in state.items()}
     outcome = module.load_state_dict(state, strict=False, assign=True)
     stored = set(module.state_dict())

@@ -7,8 +7,11 @@ from vllm_babai.format.overflow import Overflow, decode_overflow, read_header
 from vllm_babai.format.packing import BIT_WIDTHS, pack, packed_bytes, unpack
 from vllm_babai.format.ssqr import SSQR
 
+FORMATS = {"ssqr": SSQR}
+
 __all__ = [
     "BIT_WIDTHS",
+    "FORMATS",
     "SSQR",
     "CheckpointConfig",
     "FormatError",

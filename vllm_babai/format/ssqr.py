@@ -37,8 +37,8 @@ class SSQR:
         excess = weight.integers.int() - dense.int()
         return cls(qweight, scales, encode_overflow(excess, bits, dense_crc(qweight, scales)))
 
-    def decode(self) -> tuple[LatticeWeight, int]:
-        """The stored lattice point and its dense bits. Raises FormatError on anything truncated or corrupt."""
+    def decode(self) -> LatticeWeight:
+        """The stored lattice point. Raises FormatError on anything truncated or corrupt."""
         header = read_header(self.overflow)
         if self.qweight.shape[0] != header.rows or self.scales.shape[0] != header.rows:
             raise FormatError(
@@ -50,7 +50,7 @@ class SSQR:
             raise FormatError("qweight or scales are corrupt: their CRC does not match the overflow blob's")
         sparse = decode_overflow(self.overflow)
         integers[sparse.rows.long(), sparse.columns.long()] += sparse.excess.short()
-        return LatticeWeight(integers, self.scales), header.bits
+        return LatticeWeight(integers, self.scales)
 
     def tensors(self) -> dict[str, Tensor]:
         """Name → tensor, as stored in safetensors below the linear's own name."""

@@ -1,0 +1,84 @@
+"""From a checkpoint, dense or quantized, back to dense weights."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+from vllm_babai.format import FORMATS, CheckpointConfig, FormatError
+from vllm_babai.offline.checkpoint import Checkpoint, open_checkpoint
+from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.offline.output import copy_companions, partial_folder, publish, write_config, write_index
+
+
+def dense_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor of the dense model, quantized linears dequantized exactly, in float32.
+
+    names: only tensors stored under these names; a linear comes with the first of its parts that is named. Raises
+    QuantizationError that names a linear whose stored form is corrupt or incomplete.
+    """
+    names = sorted(checkpoint.files) if names is None else names
+    raw = checkpoint.config().get("quantization_config")
+    if raw is None:
+        yield from ((name, checkpoint.read(name)) for name in names)
+        return
+    try:
+        form = FORMATS[CheckpointConfig.from_dict(raw).format]
+    except (FormatError, KeyError) as error:
+        raise QuantizationError(f"{checkpoint.folder}: its quantization_config cannot be read: {error}") from error
+    parts = tuple(form.__dataclass_fields__)
+    for name in names:
+        linear, _, part = name.rpartition(".")
+        if part not in parts or f"{linear}.{parts[0]}" not in checkpoint.files:
+            yield name, checkpoint.read(name)
+        elif part == parts[0]:
+            try:
+                weight = form(*(checkpoint.read(f"{linear}.{key}") for key in parts)).decode()
+            except FormatError as error:
+                raise QuantizationError(f"{linear}: {error}") from error
+            yield f"{linear}.weight", weight.dequantize()
+
+
+def load_dense(folder: str | Path, device: torch.device) -> nn.Module:
+    """A checkpoint, dense or quantized, as a transformers model in float32 and eval mode."""
+    checkpoint = open_checkpoint(folder)
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    state = {name: tensor.float() for name, tensor in dense_tensors(checkpoint)}
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def convert_to_dense(source: str | Path, out: str | Path, dtype: torch.dtype, *, overwrite: bool = False) -> Path:
+    """Write the dense twin of a quantized checkpoint; exact in float32, every weight rounded once in other dtypes.
+
+    File by file, so that memory holds one of them. Raises QuantizationError when `source` is not quantized, or OUT
+    exists.
+    """
+    checkpoint, out = open_checkpoint(source), Path(out)
+    config = checkpoint.config()
+    if config.pop("quantization_config", None) is None:
+        raise QuantizationError(f"{source} is not quantized: it has no quantization_config")
+    if out.exists() and not overwrite:
+        raise QuantizationError(f"{out} exists: choose another folder, or pass --overwrite")
+    partial = partial_folder(out)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    files = sorted(set(checkpoint.files.values()))
+    for path in files:
+        names = sorted(name for name, file in checkpoint.files.items() if file == path)
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in dense_tensors(checkpoint, names)}
+        save_file(tensors, partial / path.name, metadata={"format": "pt"})
+    write_index(partial, [partial / path.name for path in files])
+    copy_companions(checkpoint, partial)
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    write_config(partial, config | {key: str(dtype).removeprefix("torch.")})
+    publish(partial, out)
+    return out
