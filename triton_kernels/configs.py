@@ -1,0 +1,122 @@
+"""Launch configurations: measured per GPU and kept under version control, with defaults by compute capability.
+
+A table is a file `configs/<name>.json`; <name> is a GPU's name with underscores (written by `babai tune`) or its
+architecture (`sm_90`, `gfx942`). A GPU without a table takes its architecture's, else that of the next older one.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+BUCKETS = (1, 8, 16, 32, 64)
+FOLDER = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the fused kernel is launched: rows of an output tile, warps, pipeline stages, programs for every processor."""
+
+    rows: int
+    warps: int
+    stages: int
+    programs_per_sm: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table: the configuration that was best for this bit width, bucket of tokens and shape."""
+
+    bits: int
+    tokens: int
+    out_features: int
+    in_features: int
+    config: Config
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known of one GPU. dequantize_from: tokens from which dequantizing the whole weight first is faster."""
+
+    dequantize_from: int
+    entries: tuple[Entry, ...]
+
+    def lookup(self, bits: int, tokens: int, out_features: int, in_features: int) -> Config:
+        """The configuration of the nearest shape that the table has for `bits` and the bucket `tokens`."""
+        candidates = [entry for entry in self.entries if entry.bits == bits and entry.tokens == tokens]
+        if not candidates:
+            raise LookupError(f"configuration table has no entry for {bits} bits and {tokens} tokens")
+
+        def distance(entry: Entry) -> float:
+            return abs(math.log2(entry.out_features / out_features)) + abs(math.log2(entry.in_features / in_features))
+
+        return min(candidates, key=distance).config
+
+    @classmethod
+    def read(cls, path: Path) -> "Table":
+        """Read a table from a file."""
+        raw = json.loads(path.read_text())
+        entries = (Entry(**{**entry, "config": Config(**entry["config"])}) for entry in raw["entries"])
+        return cls(raw["dequantize_from"], tuple(entries))
+
+    def write(self, path: Path) -> None:
+        """Write the table to a file, one entry a line."""
+        lines = ",\n".join("    " + json.dumps(asdict(entry)) for entry in self.entries)
+        path.write_text(f'{{\n  "dequantize_from": {self.dequantize_from},\n  "entries": [\n{lines}\n  ]\n}}\n')
+
+
+@dataclass(frozen=True)
+class Target:
+    """What kernels are compiled for and launched on.
+
+    backend: "cuda", "hip" or "interpreter". architecture: sm_90, gfx942 … name: as the driver calls the GPU.
+    """
+
+    backend: str
+    architecture: str
+    name: str
+    processors: int
+
+    @classmethod
+    @cache
+    def of(cls, device: torch.device) -> "Target":
+        """The target that tensors on `device` are computed by: a GPU, or Triton's interpreter when it is switched on."""
+        if triton.knobs.runtime.interpret:
+            return cls("interpreter", "sm_90", "interpreter", 4)
+        if device.type != "cuda":
+            raise RuntimeError(f"the Triton kernels need a GPU; the tensors are on {device}")
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            backend, architecture = "hip", properties.gcnArchName.split(":")[0]
+        else:
+            backend, architecture = "cuda", f"sm_{properties.major}{properties.minor}"
+        return cls(backend, architecture, properties.name, properties.multi_processor_count)
+
+
+@cache
+def table_for(target: Target) -> Table:
+    """The configuration table of a target."""
+    for name in (file_name(target.name), target.architecture):
+        path = FOLDER / f"{name}.json"
+        if path.exists():
+            return Table.read(path)
+    if target.backend == "hip":
+        return Table.read(FOLDER / "gfx942.json")
+    known = sorted(int(path.stem[3:]) for path in FOLDER.glob("sm_*.json"))
+    capability = int(target.architecture[3:])
+    nearest = max((version for version in known if version <= capability), default=known[0])
+    return Table.read(FOLDER / f"sm_{nearest}.json")
+
+
+def file_name(gpu: str) -> str:
+    """A GPU's name as the stem of its table's file."""
+    return gpu.replace(" ", "_").replace("/", "_")
+
+
+def bucket(m: int) -> int:
+    """The bucket that m tokens are launched in; beyond the largest they are cut in tiles of it."""
+    return next((tokens for tokens in BUCKETS if m <= tokens), BUCKETS[-1])

@@ -1,0 +1,49 @@
+"""Which kernel multiplies: the one entry that the custom op calls, and the warm-up that spares serving all compiling."""
+
+import torch
+from torch import Tensor
+
+from vllm_babai.layout import DeviceLayout
+from vllm_babai.triton_kernels.configs import BUCKETS, Target, bucket, table_for
+from vllm_babai.triton_kernels.dequantize import multiply_dequantized
+from vllm_babai.triton_kernels.fused import multiply_fused
+from vllm_babai.triton_kernels.layout import MAX_M_TILES, Geometry
+
+ALIGNMENT = 16  # bytes; Triton compiles a kernel again for a pointer that is less aligned
+
+
+def matmul(
+    x: Tensor, dense: Tensor, scales: Tensor, entries: Tensor, offsets: Tensor, bits: int, out_features: int
+) -> Tensor:
+    """x Wᵀ: x [..., in_features] bf16, fp16 or fp32 → [..., out_features] in x's dtype.
+
+    dense, scales, entries, offsets: the layer's `device_layout`. Accumulates in fp32; deterministic. The counters in
+    `offsets` are used during the call and zero again after it, so one layer may not run on two streams at once.
+    """
+    layout = DeviceLayout(dense, scales, entries, offsets)
+    geometry = Geometry(bits, x.shape[-1], out_features)
+    tokens = x.reshape(-1, geometry.in_features).contiguous()
+    if tokens.data_ptr() % ALIGNMENT:
+        tokens = tokens.clone()
+    return _multiply(tokens, layout, geometry).view(*x.shape[:-1], out_features)
+
+
+def _multiply(x: Tensor, layout: DeviceLayout, geometry: Geometry) -> Tensor:
+    m = x.shape[0]
+    if m == 0:
+        return x.new_empty(0, geometry.out_features)
+    target = Target.of(x.device)
+    table = table_for(target)
+    if m >= table.dequantize_from or m > MAX_M_TILES * BUCKETS[-1] or x.dtype == torch.float32:
+        return multiply_dequantized(x, layout, geometry, target.backend)
+    tokens = bucket(m)
+    config = table.lookup(geometry.bits, tokens, geometry.out_features, geometry.in_features)
+    return multiply_fused(x, layout, geometry, config, tokens, target)
+
+
+def warm_up(layout: DeviceLayout, bits: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    """Launch every kernel that `matmul` may choose for this layer once, so that nothing compiles while serving."""
+    table = table_for(Target.of(layout.dense.device))
+    for m in (*BUCKETS, BUCKETS[-1] + 1, table.dequantize_from):
+        x = torch.zeros(m, in_features, dtype=dtype, device=layout.dense.device)
+        matmul(x, *layout, bits, out_features)

@@ -1,0 +1,241 @@
+"""y = x Wᵀ for few tokens, straight from the packed weights: dense and overflow part in one launch.
+
+A program is one share of an output tile [ROWS, BM]: either a run of column blocks of the dense part, or one segment of
+the overflow. Every share is written to a buffer of partial sums, and the program that arrives last at a tile's counter
+adds them up in a fixed order: one launch, no output to clear, no float atomics, the same result every time.
+Weights are the wide operand of the matrix product and tokens the narrow one, so that one token wastes little.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_babai.layout import DeviceLayout
+from vllm_babai.triton_kernels.configs import Config, Target
+from vllm_babai.triton_kernels.layout import SLOT, Geometry
+from vllm_babai.triton_kernels.unpack import load_words, matrix_product, round_to, unpack_slot
+
+SMALLEST_DOT = 8  # tokens that a matrix product takes at least
+OVERFLOW_TOKENS = 16  # tokens that the overflow part takes at a time
+
+
+@triton.jit(do_not_specialize=["m"])
+def fused_kernel(
+    x_ptr,  # [m, k]
+    xt_ptr,  # [k, m tiles · BM], x itself when there is one token
+    dense_ptr,
+    scales_ptr,
+    entries_ptr,
+    starts_ptr,
+    counters_ptr,
+    partials_ptr,  # fp32 [m tiles, row blocks, shares, BM, ROWS]
+    y_ptr,  # [m, n]
+    m,
+    n,
+    k,
+    padded_rows,
+    column_blocks,
+    group_size,
+    splits,
+    segments,
+    BITS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    FLUSH: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BM: tl.constexpr,
+    OVERFLOW_M: tl.constexpr,
+    OVERFLOW_STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    BACKEND: tl.constexpr,
+):
+    row_blocks = padded_rows // ROWS
+    tiles = row_blocks * tl.cdiv(m, BM)
+    tile = tl.program_id(0) % tiles
+    share = tl.program_id(0) // tiles
+    shares = segments + splits
+    rows = tile % row_blocks * ROWS + tl.arange(0, ROWS)
+    first_token = tile // row_blocks * BM
+    tile_ptr = partials_ptr + tile * shares * (BM * ROWS) + tl.arange(0, ROWS)[:, None]
+    if share < segments:
+        _overflow_share(
+            xt_ptr, scales_ptr, entries_ptr, starts_ptr, tile_ptr + share * (BM * ROWS), share, rows, first_token, m,
+            1 if OVERFLOW_M == 1 else tl.cdiv(m, BM) * BM, padded_rows, group_size, FLUSH, ROWS, BM, OVERFLOW_M, OVERFLOW_STEP,
+        )  # fmt: skip
+    else:
+        per_split = tl.cdiv(column_blocks, splits)
+        first_block = (share - segments) * per_split
+        last_block = tl.minimum(first_block + per_split, column_blocks)
+        total = _dense_share(
+            x_ptr, dense_ptr, scales_ptr, rows, first_token, first_block, last_block, m, k, padded_rows, column_blocks,
+            group_size, BITS, BLOCK_COLUMNS, FLUSH, EVEN_K, ROWS, BM, STAGES, BACKEND,
+        )  # fmt: skip
+        tokens = tl.arange(0, BM)[None, :]
+        tl.store(tile_ptr + share * (BM * ROWS) + tokens * ROWS, total, mask=first_token + tokens < m)
+
+    tl.debug_barrier()  # all of this program's stores come before its arrival
+    arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
+    if arrived == shares - 1:
+        tokens = tl.arange(0, BM)[None, :]
+        inside = first_token + tokens < m
+        total = tl.zeros((ROWS, BM), tl.float32)
+        for other in range(shares):
+            partial_ptr = tile_ptr + other * (BM * ROWS) + tokens * ROWS
+            total += tl.load(partial_ptr, mask=inside, other=0.0, cache_modifier=".cg")
+        y_ptrs = y_ptr + (first_token + tokens).to(tl.int64) * n + rows[:, None]
+        tl.store(y_ptrs, round_to(total, y_ptr.dtype.element_ty, BACKEND), mask=inside & (rows[:, None] < n))
+        tl.store(counters_ptr + tile, 0)
+
+
+@triton.jit
+def _dense_share(
+    x_ptr, dense_ptr, scales_ptr, rows, first_token, first_block, last_block, m, k, padded_rows, column_blocks,
+    group_size, BITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, FLUSH: tl.constexpr, EVEN_K: tl.constexpr,
+    ROWS: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, BACKEND: tl.constexpr,
+):  # fmt: skip
+    """Sum over some column blocks, scaled, fp32 [ROWS, BM]."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    TILE_WORDS: tl.constexpr = 64 * 16
+    tokens = first_token + tl.arange(0, BM)[None, :]
+    features = tl.arange(0, 32)[:, None]
+    x_ptrs = x_ptr + tokens * k + features
+    word_ptrs = (
+        dense_ptr
+        + (rows // 64 * column_blocks * (WORDS * TILE_WORDS) + rows % 64 * 16)[:, None]
+        + tl.arange(0, 16)[None, :]
+    )
+    total = tl.zeros((ROWS, BM), tl.float32)
+    group_total = tl.zeros((ROWS, BM), tl.float32)
+    for block in tl.range(first_block, last_block, num_stages=STAGES):
+        words = load_words(word_ptrs + block * (WORDS * TILE_WORDS), BITS, TILE_WORDS)
+        for slot in tl.static_range(BLOCK_COLUMNS // 32):
+            column = block * BLOCK_COLUMNS + slot * 32
+            inside = tokens < m
+            if not EVEN_K:
+                inside = inside & (column + features < k)
+            x = tl.load(x_ptrs + column, mask=inside, other=0.0, eviction_policy="evict_last")
+            weight = unpack_slot(words, slot, BITS, DTYPE, BACKEND)
+            if FLUSH == 0:
+                total = matrix_product(weight, x, total, BACKEND)
+            else:
+                group_total = matrix_product(weight, x, group_total, BACKEND)
+                if (slot + 1) % FLUSH == 0:
+                    group = tl.minimum(column, k - 1) // group_size  # padding has no group of its own
+                    scale = tl.load(scales_ptr + group * padded_rows + rows).to(tl.float32)
+                    total += group_total * scale[:, None]
+                    group_total = tl.zeros((ROWS, BM), tl.float32)
+    if FLUSH == 0:
+        total = total * tl.load(scales_ptr + rows).to(tl.float32)[:, None]
+    return total
+
+
+@triton.jit
+def _overflow_share(
+    xt_ptr, scales_ptr, entries_ptr, starts_ptr, partial_ptr, segment, rows, first_token, m, token_stride, padded_rows,
+    group_size, FLUSH: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, OVERFLOW_M: tl.constexpr,
+    OVERFLOW_STEP: tl.constexpr,
+):  # fmt: skip
+    """Write the sum over the overflow entries of one segment, scaled, to a partial [BM, ROWS]."""
+    start = tl.load(starts_ptr + segment * padded_rows + rows)
+    end = tl.load(starts_ptr + segment * padded_rows + rows + 1)
+    longest = tl.max(end - start, 0)
+    for chunk in range(0, tl.minimum(BM, m - first_token), OVERFLOW_M):
+        tokens = chunk + tl.arange(0, OVERFLOW_M)
+        total = tl.zeros((ROWS, OVERFLOW_M), tl.float32)
+        for step in range(0, longest, OVERFLOW_STEP):
+            index = (start + step)[:, None] + tl.arange(0, OVERFLOW_STEP)[None, :]
+            inside = index < end[:, None]
+            entry = tl.load(entries_ptr + index, mask=inside, other=0).to(tl.int32)
+            column = segment * 2048 + (entry & 2047)
+            excess = (entry >> 11).to(tl.float32)
+            if FLUSH > 0:
+                scale_ptrs = scales_ptr + column // group_size * padded_rows + rows[:, None]
+                excess = excess * tl.load(scale_ptrs, mask=inside, other=0.0).to(tl.float32)
+            x_ptrs = xt_ptr + (column * token_stride + first_token)[:, :, None] + tokens[None, None, :]
+            x = tl.load(x_ptrs, mask=inside[:, :, None], other=0.0, eviction_policy="evict_last").to(tl.float32)
+            total += tl.sum(excess[:, :, None] * x, 1)
+        if FLUSH == 0:
+            total = total * tl.load(scales_ptr + rows).to(tl.float32)[:, None]
+        tl.store(partial_ptr + tokens[None, :] * ROWS, total, mask=first_token + tokens[None, :] < m)
+
+
+def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int, backend: str) -> dict[str, int | str]:
+    """Compile-time constants of `fused_kernel` for a bucket of `tokens` tokens."""
+    block = geometry.block_columns
+    group_size = geometry.in_features // groups
+    block_m = max(tokens, SMALLEST_DOT)
+    overflow_m = 1 if tokens == 1 else min(block_m, OVERFLOW_TOKENS)
+    return {
+        "BITS": geometry.bits,
+        "BLOCK_COLUMNS": block,
+        "FLUSH": 0 if groups == 1 else math.gcd(group_size, block) // SLOT,
+        "EVEN_K": geometry.in_features % block == 0,
+        "ROWS": config.rows,
+        "BM": block_m,
+        "OVERFLOW_M": overflow_m,
+        "OVERFLOW_STEP": max(1, min(16, 2048 * config.warps // (config.rows * overflow_m))),
+        "STAGES": config.stages,
+        "BACKEND": backend,
+    }
+
+
+def multiply_fused(
+    x: Tensor, layout: DeviceLayout, geometry: Geometry, config: Config, tokens: int, target: Target
+) -> Tensor:
+    """x [m, in_features] bf16 or fp16 → y [m, out_features] in x's dtype.
+
+    tokens: the bucket, m or more, or what one tile of tokens holds where m is larger. Deterministic.
+    """
+    m = x.shape[0]
+    groups = layout.scales.shape[0]
+    constants = fused_constants(geometry, config, groups, tokens, target.backend)
+    m_tiles = -(-m // constants["BM"])
+    tiles = geometry.padded_rows // config.rows * m_tiles
+    segments = geometry.segments if layout.entries.numel() else 0
+    splits = 1 if m_tiles > 1 else _splits(geometry, tiles, config, target)
+    y = x.new_empty(m, geometry.out_features)
+    shares = segments + splits
+    partials = torch.empty(tiles * shares * constants["BM"] * config.rows, dtype=torch.float32, device=x.device)
+    fused_kernel[(tiles * shares,)](
+        x,
+        _token_minor(x, tokens, m_tiles * constants["BM"]) if segments else x,
+        layout.dense,
+        layout.scales,
+        layout.entries,
+        layout.offsets[geometry.counters :],
+        layout.offsets,
+        partials,
+        y,
+        m,
+        geometry.out_features,
+        geometry.in_features,
+        geometry.padded_rows,
+        geometry.column_blocks,
+        geometry.in_features // groups,
+        splits,
+        segments,
+        **constants,
+        num_warps=config.warps,
+        enable_fp_fusion=True,
+    )
+    return y
+
+
+def _splits(geometry: Geometry, tiles: int, config: Config, target: Target) -> int:
+    """Runs that the column blocks are cut into, so that the GPU is filled once, with none of them empty."""
+    wanted = max(1, min(geometry.column_blocks, round(config.programs_per_sm * target.processors / tiles)))
+    per_split = -(-geometry.column_blocks // wanted)
+    return -(-geometry.column_blocks // per_split)
+
+
+def _token_minor(x: Tensor, tokens: int, columns: int) -> Tensor:
+    """x transposed to [in_features, columns], for the overflow part gathers features; the last columns are not set."""
+    if tokens == 1:
+        return x
+    transposed = x.new_empty(x.shape[1], columns)
+    transposed[:, : x.shape[0]] = x.t()
+    return transposed

@@ -1,0 +1,166 @@
+"""The device layout: what the kernels read, made once at load from the hardware-neutral checkpoint.
+
+dense: int32 [row tiles, column blocks, words, TILE_ROWS, PAIRS]. A column block is cut into slots of 32 consecutive
+    input features; pair c of a slot (features 2c and 2c + 1) sits in the same bit field of the low and of the high half
+    of word c, so that one logic operation yields two 16-bit floats side by side. Field f of a half-word is slot f. Three
+    bits: five slots in each of three words, whose spare bits 15 and 31 together are the sixteenth slot, so that a
+    weight takes 3.0 bits exactly. Fields hold z + 2^(bits − 1).
+scales: bf16 [groups, padded out_features], so that neighbouring rows lie side by side.
+entries: int16 or int32 [entries], sorted by segment (2048 columns), row and column: bits 0…10 are the column in its
+    segment, the rest the excess. What five bits of excess cannot say is spread over several entries of the same column;
+    whichever of the two widths takes fewer bytes is used.
+offsets: int32 [COUNTERS + segments · padded out_features + 1]: first the arrival counters of the fused kernel, zero
+    between launches, then where every row of every segment starts in `entries`.
+
+Rows are padded to a multiple of ROW_ALIGNMENT with scale 0, columns to whole column blocks with z = 0.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_babai.format import FormatError, Overflow, integer_range, unpack
+from vllm_babai.layout import DeviceLayout
+
+TILE_ROWS = 64
+PAIRS = 16
+SLOT = 2 * PAIRS
+ROW_ALIGNMENT = 128
+SEGMENT_BITS = 11
+SEGMENT = 1 << SEGMENT_BITS
+MAX_M_TILES = 8
+
+_SLOTS = {2: 8, 3: 16, 4: 4, 8: 2}
+_ROWS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a layer's device layout. Raises ValueError for a bit width that has no kernel."""
+
+    bits: int
+    in_features: int
+    out_features: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in _SLOTS:
+            raise ValueError(f"bits is {self.bits}; there are kernels for {tuple(_SLOTS)}")
+
+    @property
+    def words(self) -> int:
+        """int32 words that hold one pair of every slot of a column block."""
+        return 3 if self.bits == 3 else 1
+
+    @property
+    def slots(self) -> int:
+        """Runs of 32 input features in a column block."""
+        return _SLOTS[self.bits]
+
+    @property
+    def block_columns(self) -> int:
+        """Input features of a column block."""
+        return self.slots * SLOT
+
+    @property
+    def column_blocks(self) -> int:
+        """Column blocks that cover all input features."""
+        return -(-self.in_features // self.block_columns)
+
+    @property
+    def padded_rows(self) -> int:
+        """Output features including padding."""
+        return -(-self.out_features // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+    @property
+    def segments(self) -> int:
+        """Column segments of the overflow."""
+        return -(-self.in_features // SEGMENT)
+
+    @property
+    def counters(self) -> int:
+        """Arrival counters: one for every row tile and every tile of tokens."""
+        return self.padded_rows // TILE_ROWS * MAX_M_TILES
+
+
+def device_layout(
+    qweight: Tensor,
+    scales: Tensor,
+    overflow: Overflow,
+    bits: int,
+    in_features: int,
+    device: torch.device | str,
+) -> DeviceLayout:
+    """Repack one linear layer for the kernels.
+
+    qweight: uint8 [out_features, packed_bytes(in_features, bits)]. scales: bf16 [out_features, groups]. overflow: its
+    excess over the dense range. Raises FormatError when qweight does not fit, ValueError when scales or groups do not.
+    """
+    out_features = qweight.shape[0]
+    geometry = Geometry(bits, in_features, out_features)
+    _check_scales(scales, geometry)
+    tiles = [
+        _pack_rows(unpack(rows.to(device), bits, in_features), geometry) for rows in qweight.split(_ROWS_AT_A_TIME)
+    ]
+    scales = torch.nn.functional.pad(scales.to(device).t(), (0, geometry.padded_rows - out_features))
+    entries, offsets = _pack_overflow(overflow, geometry)
+    return DeviceLayout(torch.cat(tiles), scales.contiguous(), entries.to(device), offsets.to(device))
+
+
+def _check_scales(scales: Tensor, geometry: Geometry) -> None:
+    rows, groups = scales.shape
+    if rows != geometry.out_features or scales.dtype != torch.bfloat16:
+        raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}, not bfloat16 [{geometry.out_features}, …]")
+    if geometry.in_features % groups or (groups > 1 and geometry.in_features // groups % SLOT):
+        raise ValueError(
+            f"{groups} scales per row cut {geometry.in_features} input features into groups that are not a multiple of"
+            f" {SLOT}; the kernels need one scale per row or groups of 32, 64, 128 …"
+        )
+
+
+def _pack_rows(integers: Tensor, geometry: Geometry) -> Tensor:
+    """Integers int16 [rows, in_features] → int32 [row tiles, column blocks, words, TILE_ROWS, PAIRS]."""
+    rows, columns = integers.shape
+    padding = (0, geometry.column_blocks * geometry.block_columns - columns, 0, -rows % ROW_ALIGNMENT)
+    fields = torch.nn.functional.pad(integers, padding).int() - integer_range(geometry.bits)[0]
+    fields = fields.view(-1, TILE_ROWS, geometry.column_blocks, geometry.slots, PAIRS, 2)
+    fields = fields.permute(3, 5, 0, 2, 1, 4)  # slot, half, row tile, column block, row, pair
+    fields = fields[:, 0] | fields[:, 1] << 16
+    if geometry.bits != 3:
+        return _combine(fields, geometry.bits).unsqueeze(2)
+    words = [_combine(fields[5 * t : 5 * t + 5], 3) | ((fields[15] >> t) & 0x00010001) << 15 for t in range(3)]
+    return torch.stack(words, dim=2)
+
+
+def _combine(fields: Tensor, bits: int) -> Tensor:
+    word = fields[0]
+    for position in range(1, len(fields)):
+        word = word | fields[position] << (bits * position)
+    return word
+
+
+def _pack_overflow(overflow: Overflow, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Overflow in coordinate form → entries and offsets of the device layout."""
+    row, column, excess = (axis.cpu().long() for axis in (overflow.rows, overflow.columns, overflow.excess))
+    if len(row) and (row.max() >= geometry.out_features or column.max() >= geometry.in_features):
+        raise FormatError(f"overflow leaves the matrix of {geometry.out_features} × {geometry.in_features} weights")
+    order = torch.argsort((column // SEGMENT * geometry.padded_rows + row) * SEGMENT + column % SEGMENT)
+    row, column, excess = row[order], column[order], excess[order]
+
+    largest, smallest = 15, -16
+    pieces = torch.where(excess > 0, (excess + largest - 1) // largest, (excess + smallest + 1) // smallest)
+    dtype = torch.int16 if 2 * int(pieces.sum()) <= 4 * len(excess) else torch.int32
+    if dtype == torch.int16:
+        owner = torch.repeat_interleave(torch.arange(len(excess)), pieces)
+        position = torch.arange(len(owner)) - (torch.cumsum(pieces, 0) - pieces)[owner]
+        row, column, excess = row[owner], column[owner], excess[owner]
+        excess = torch.where(
+            excess > 0,
+            (excess - largest * position).clamp(max=largest),
+            (excess - smallest * position).clamp(min=smallest),
+        )
+
+    entries = (excess << SEGMENT_BITS | column % SEGMENT).to(dtype)
+    starts = torch.arange(geometry.segments * geometry.padded_rows + 1)
+    starts = torch.searchsorted(column // SEGMENT * geometry.padded_rows + row, starts)
+    return entries, torch.cat([torch.zeros(geometry.counters, dtype=torch.int32), starts.int()])
