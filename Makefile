@@ -15,7 +15,10 @@ test: lint
 lint: setup
 	$(VENV)/ruff check $(CODE)
 	$(VENV)/ruff format --check $(CODE)
-	$(VENV)/mypy vllm_babai
+	@# mypy has to see the packages where they are imported from, all in vllm_babai.
+	@rm -rf build/types && mkdir -p build/types
+	@cp -rs $(CURDIR)/vllm_babai build/types && ln -s $(CURDIR)/offline $(CURDIR)/triton_kernels build/types/vllm_babai
+	cd build/types && ../../$(VENV)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p vllm_babai
 
 format: setup
 	$(VENV)/ruff check --fix $(CODE)
