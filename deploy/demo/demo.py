@@ -21,8 +21,10 @@ WORK = Path("build/demo")
 QUANTIZED = WORK / "stdlib-6m-babai-4bit"
 BABAI = Path(sys.executable).with_name("babai")
 
-COMPLETION_PROMPT = "def read_lines(path):\n"
+COMPLETION_PROMPT = "import os\nimport sys\n\ndef walk(path):\n    for name in"
 CHAT_MESSAGE = 'class Queue:\n    """A first-in, first-out queue."""\n\n    def __init__(self'
+# Greedy, but kept from going round in circles as so small a model does.
+SAMPLING = {"temperature": 0, "frequency_penalty": 0.8, "max_tokens": 80}
 
 console = Console(highlight=False)
 
@@ -53,16 +55,14 @@ def talk(base_url: str) -> None:
     client = OpenAI(base_url=base_url, api_key="none", max_retries=0)
 
     console.rule("completion")
-    answer = client.completions.create(model=MODEL.name, prompt=COMPLETION_PROMPT, max_tokens=64, temperature=0)
+    answer = client.completions.create(model=MODEL.name, prompt=COMPLETION_PROMPT, **SAMPLING)
     console.print(COMPLETION_PROMPT, style="dim", end="", markup=False)
     console.print(answer.choices[0].text, markup=False)
 
     console.rule("chat, streamed")
     console.print(CHAT_MESSAGE, style="dim", end="", markup=False)
     messages = [{"role": "user", "content": CHAT_MESSAGE}]
-    for chunk in client.chat.completions.create(
-        model=MODEL.name, messages=messages, max_tokens=96, temperature=0, stream=True
-    ):
+    for chunk in client.chat.completions.create(model=MODEL.name, messages=messages, stream=True, **SAMPLING):
         console.print(chunk.choices[0].delta.content or "", end="", markup=False)
     console.print()
     console.rule()
