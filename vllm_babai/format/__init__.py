@@ -1,17 +1,19 @@
-"""Checkpoint formats: encode and decode lattice points. Needs torch and numpy only, neither vllm nor triton."""
+"""Checkpoint formats: encode and decode lattice points. Needs neither vllm nor triton, numba only to use HPTQ."""
 
 from vllm_babai.format.config import CheckpointConfig, LayerScheme
 from vllm_babai.format.errors import FormatError
+from vllm_babai.format.hptq import HPTQ, predicted_bytes
 from vllm_babai.format.lattice import LatticeWeight, integer_range
 from vllm_babai.format.overflow import Overflow, decode_overflow, read_header
 from vllm_babai.format.packing import BIT_WIDTHS, pack, packed_bytes, unpack
 from vllm_babai.format.ssqr import SSQR
 
-FORMATS = {"ssqr": SSQR}
+FORMATS = {"ssqr": SSQR, "hptq": HPTQ}
 
 __all__ = [
     "BIT_WIDTHS",
     "FORMATS",
+    "HPTQ",
     "SSQR",
     "CheckpointConfig",
     "FormatError",
@@ -22,6 +24,7 @@ __all__ = [
     "integer_range",
     "pack",
     "packed_bytes",
+    "predicted_bytes",
     "read_header",
     "unpack",
 ]

@@ -1,0 +1,180 @@
+"""The probability model of one integer matrix: contexts by row and column class, a table of frequencies for each."""
+
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_babai.format import tables
+from vllm_babai.format.classes import Classes, fit_classes, one_class, spread
+from vllm_babai.format.errors import FormatError
+from vllm_babai.format.parallel import parallel_map
+from vllm_babai.format.tables import CENTRE, ESCAPE
+
+CLASS_STEPS = (0.25, 0.125)  # octaves between neighbouring classes
+COARSE = 5.0  # root mean square from which low bits are stored as they are
+HISTOGRAM_WEIGHTS = 1 << 20  # per piece of work for a thread
+
+_TABLE_HEADER = struct.Struct("<2B")  # first symbol, number of symbols
+_CLASS_HEADER = struct.Struct("<4BI")  # centre of row and of column classes, their Gaussians, words of their stream
+
+
+@dataclass(frozen=True)
+class Model:
+    """What encoder and decoder must agree on before the first symbol.
+
+    offset: subtracted from every integer. shift: low bits stored as they are. classes: see `format.classes`.
+    codes: uint8 [contexts], the Gaussian of each context, or 0 where its table is explicit.
+    frequencies: uint32 [contexts, ESCAPE + 1].
+    """
+
+    offset: int
+    shift: int
+    classes: Classes
+    codes: np.ndarray
+    frequencies: np.ndarray
+
+
+def fit_model(integers: np.ndarray) -> tuple[Model, float]:
+    """The model for int16 [rows, columns] that takes the fewest bits, and those bits: its own and the symbols'."""
+    if not integers.size:
+        return _fit_tables(integers, 0, 0, one_class(*integers.shape))
+    offset = round(float(integers.mean()))
+    row_spread, column_spread = spread(integers - np.int16(offset) if offset else integers)
+    rms = math.sqrt(np.exp2(2 * row_spread).mean() * np.exp2(2 * column_spread).mean())
+    shift = min(max(math.floor(math.log2(rms / COARSE)), 0), tables.MAX_SHIFT)
+    choices = [one_class(*integers.shape), *(fit_classes(row_spread, column_spread, step) for step in CLASS_STEPS)]
+    return min((_fit_tables(integers, offset, shift, classes) for classes in choices), key=lambda fitted: fitted[1])
+
+
+def _fit_tables(integers: np.ndarray, offset: int, shift: int, classes: Classes) -> tuple[Model, float]:
+    """The best table for every context, and the bits of these tables, the classes and the symbols."""
+    codes = np.zeros(classes.contexts, np.uint8)
+    frequencies = np.zeros((classes.contexts, ESCAPE + 1), np.uint32)
+    bits = integers.size * shift + (_class_code(classes)[1] if classes.contexts > 1 else 0.0)
+    for context, counts in enumerate(_histogram(integers, offset, shift, classes)):
+        codes[context], frequencies[context], table_bits = _best_table(counts, shift)
+        bits += table_bits
+    return Model(offset, shift, classes, codes, frequencies), bits
+
+
+def _best_table(counts: np.ndarray, shift: int) -> tuple[int, np.ndarray, float]:
+    """Code (0: explicit), frequencies, and bits of the table and of symbols with these counts."""
+    code, bits = tables.best_gaussian(counts, shift)
+    if counts.any():
+        frequency = tables.explicit(counts)
+        explicit_bits = tables.coded_bits(counts, frequency) + 8 * len(_pack_table(frequency))
+        if explicit_bits < bits:
+            return 0, frequency, 8 + explicit_bits
+    return code, tables.gaussian(code, shift), 8 + bits
+
+
+def _histogram(integers: np.ndarray, offset: int, shift: int, classes: Classes) -> np.ndarray:
+    """Symbols by context, int64 [contexts, ESCAPE + 1]."""
+    from vllm_babai.format import rans
+
+    def count(first: int) -> np.ndarray:
+        counts = np.zeros((classes.contexts, ESCAPE + 1), np.int64)
+        last = min(first + height, len(integers))
+        rans.histogram(integers, classes.rows, classes.columns, offset, shift, first, last, counts)
+        return counts
+
+    height = max(1, HISTOGRAM_WEIGHTS // max(1, integers.shape[1]))
+    empty = np.zeros((classes.contexts, ESCAPE + 1), np.int64)
+    return sum(parallel_map(count, range(0, len(integers), height)), empty)
+
+
+def pack_model(model: Model) -> bytes:
+    """Tables and classes as bytes; offset, shift and the number of contexts are the blob header's."""
+    parts = [model.codes.tobytes()]
+    parts += [_pack_table(table) for code, table in zip(model.codes, model.frequencies, strict=True) if not code]
+    if model.classes.contexts > 1:
+        parts.append(_pack_classes(model.classes))
+    return b"".join(parts)
+
+
+def unpack_model(raw: memoryview, rows: int, columns: int, offset: int, shift: int, contexts: int) -> tuple[Model, int]:
+    """Read what `pack_model` wrote at the start of `raw`: the model, and how many bytes it took. Raises FormatError."""
+    try:
+        codes = np.frombuffer(raw, np.uint8, contexts).copy()
+        position = contexts
+        frequencies = np.zeros((contexts, ESCAPE + 1), np.uint32)
+        for context, code in enumerate(codes):
+            if code:
+                frequencies[context] = tables.gaussian(int(code), shift)
+            else:
+                frequencies[context], position = _unpack_table(raw, position)
+        classes = one_class(rows, columns)
+        if contexts > 1:
+            classes, position = _unpack_classes(raw, position, rows, columns)
+    except (struct.error, ValueError) as error:
+        raise FormatError(f"codes blob has a damaged model: {error}") from error
+    if classes.contexts > contexts:
+        raise FormatError(f"codes blob has classes for {classes.contexts} contexts where its header says {contexts}")
+    return Model(offset, shift, classes, codes, frequencies), position
+
+
+def _pack_table(frequency: np.ndarray) -> bytes:
+    """First symbol, number of symbols, then their frequencies and the escape's as uint16."""
+    used = np.flatnonzero(frequency[:ESCAPE])
+    first, count = (int(used[0]), int(used[-1] - used[0]) + 1) if len(used) else (0, 0)
+    listed = np.append(frequency[first : first + count], frequency[ESCAPE])
+    return _TABLE_HEADER.pack(first, count) + listed.astype("<u2").tobytes()
+
+
+def _unpack_table(raw: memoryview, position: int) -> tuple[np.ndarray, int]:
+    first, count = _TABLE_HEADER.unpack_from(raw, position)
+    position += _TABLE_HEADER.size
+    listed = np.frombuffer(raw, "<u2", count + 1, position)
+    if first + count > ESCAPE or listed.sum(dtype=np.int64) != tables.TOTAL:
+        raise FormatError("codes blob has a table whose frequencies do not add up")
+    frequency = np.zeros(ESCAPE + 1, np.uint32)
+    frequency[first : first + count] = listed[:count]
+    frequency[ESCAPE] = listed[count]
+    return frequency, position + 2 * (count + 1)
+
+
+def _class_code(classes: Classes) -> tuple[list[tuple[int, int]], float]:
+    """(centre, Gaussian) for the row classes and for the column classes, and the bits of all classes so coded."""
+    chosen, bits = [], 8.0 * (_CLASS_HEADER.size + 4)
+    for numbers in (classes.rows, classes.columns):
+        centre = round(float(numbers.mean()))
+        counts = np.bincount(numbers - centre + CENTRE, minlength=ESCAPE + 1)
+        code, symbol_bits = tables.best_gaussian(counts, 0)
+        chosen.append((centre, code))
+        bits += symbol_bits
+    return chosen, bits
+
+
+def _pack_classes(classes: Classes) -> bytes:
+    """Classes are a matrix of one row themselves: those of the rows in context 0, then those of the columns."""
+    from vllm_babai.format import rans
+
+    (row_centre, row_code), (column_centre, column_code) = _class_code(classes)[0]
+    numbers = np.concatenate((classes.rows - row_centre, classes.columns - column_centre)).astype(np.int16)
+    context = np.repeat(np.arange(2, dtype=np.int32), (len(classes.rows), len(classes.columns)))
+    packed = tables.encoder_table(np.stack([tables.gaussian(code, 0) for code in (row_code, column_code)]))
+    words = rans.encode_tile(numbers[None], (0, 1, 0, len(numbers)), np.zeros(1, np.int32), context, packed, 0, 0, 1)
+    header = _CLASS_HEADER.pack(row_centre, column_centre, row_code, column_code, len(words))
+    return header + words.astype("<u2").tobytes()
+
+
+def _unpack_classes(raw: memoryview, position: int, rows: int, columns: int) -> tuple[Classes, int]:
+    from vllm_babai.format import rans
+
+    row_centre, column_centre, row_code, column_code, count = _CLASS_HEADER.unpack_from(raw, position)
+    position += _CLASS_HEADER.size
+    words = rans.padded(np.frombuffer(raw, "<u2", count, position), 1)
+    context = np.repeat(np.arange(2, dtype=np.int32), (rows, columns))
+    lut = tables.decoder_table(np.stack([tables.gaussian(code, 0) for code in (row_code, column_code)]))
+    numbers = np.empty((1, rows + columns), np.int16)
+    tile = (0, 1, 0, rows + columns)
+    if not rans.decode_tile(words, 0, count, tile, np.zeros(1, np.int32), context, lut, 0, 0, 1, numbers):
+        raise FormatError("codes blob has damaged classes")
+    classes = Classes(
+        numbers[0, :rows].astype(np.int32) + row_centre, numbers[0, rows:].astype(np.int32) + column_centre
+    )
+    if min(classes.rows.min(initial=0), classes.columns.min(initial=0)) < 0:
+        raise FormatError("codes blob has negative classes")
+    return classes, position + 2 * count
