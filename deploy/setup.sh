@@ -76,7 +76,7 @@ fi
 echo "Setting up .venv with the $build build of vLLM; the first time this takes a few minutes."
 if [[ ! -x .venv/bin/python || (-n $state && $state != "$made_for "*) ]]; then
     python=$(find_python)
-    rm -rf .venv
+    rm -rf .venv/bin .venv # in this order what an interruption leaves is not taken for one made by hand
     mkdir .venv
     echo unfinished >.venv/setup-state
     "$python" -m venv .venv
