@@ -105,22 +105,21 @@ def decode_tile(words, begin, end, tile, row_class, column_class, lut, offset, s
                 return False
             for lane in range(min(lanes, column_stop - start)):
                 x = state[lane]
-                context = row_class[row] + column_class[start + lane]
-                entry = lut[(context << PRECISION) + ((x & mask) >> narrow)]
+                table = np.uint32(np.uint32(row_class[row] + column_class[start + lane]) << np.uint32(PRECISION))
+                entry = lut[np.uint32(table + ((x & mask) >> narrow))]
                 symbol = np.int32(entry >> np.uint32(24))
-                low = np.int32(x & low_mask)
-                x = np.uint32(
-                    np.uint32(np.uint32((entry & field) + np.uint32(1)) * np.uint32(x >> precision))
-                    + np.uint32((entry >> np.uint32(PRECISION)) & field)
-                )
-                needs_word = x < np.uint32(65536)
-                state[lane] = np.uint32((x << np.uint32(16)) | np.uint32(words[position])) if needs_word else x
-                position += needs_word
+                out[row, start + lane] = np.int16(((symbol - CENTRE) << shift) + np.int32(x & low_mask) + offset)
+                frequency = np.uint32((entry & field) + np.uint32(1))
+                inside = np.uint32((entry >> np.uint32(PRECISION)) & field)
+                x = np.uint32(np.uint32(frequency * np.uint32(x >> precision)) + inside)
+                # the word is read whether needed or not: a choice of values does not stall where a branch would
+                word = np.uint32(words[position])
+                needs_word = x < np.uint32(INITIAL_STATE)
+                state[lane] = np.uint32((x << np.uint32(16)) | word) if needs_word else x
+                position += np.int64(needs_word)
                 if symbol == ESCAPE:
                     out[row, start + lane] = np.int16(words[position])
                     position += 1
-                else:
-                    out[row, start + lane] = np.int16(((symbol - CENTRE) << shift) + low + offset)
     valid = position == end
     for lane in range(lanes):
         valid &= state[lane] == INITIAL_STATE
