@@ -2,46 +2,67 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers.utils.logging import disable_progress_bar
 
-from vllm_babai.format import FORMATS, CheckpointConfig, FormatError
+from vllm_babai.format import FORMATS, SSQR, CheckpointConfig, FormatError, LatticeWeight, integer_range
 from vllm_babai.offline.checkpoint import Checkpoint, open_checkpoint
 from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.offline.output import copy_companions, partial_folder, publish, write_config, write_index
+from vllm_babai.offline.output import (
+    copy_companions,
+    partial_folder,
+    publish,
+    save_atomically,
+    write_config,
+    write_index,
+)
+
+Stored = tuple[str, LatticeWeight, dict[str, Tensor], tuple[int, int] | None]
 
 
-def dense_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor of the dense model, quantized linears dequantized exactly, in float32.
+def stored_linears(checkpoint: Checkpoint, names: list[str] | None = None) -> Iterator[Stored]:
+    """Quantized linears of a checkpoint: name, lattice point, stored tensors, and dense range where the format has one.
 
-    names: only tensors stored under these names; a linear comes with the first of its parts that is named. Raises
-    QuantizationError that names a linear whose stored form is corrupt or incomplete.
+    names: only linears one of whose tensors is among these. Raises QuantizationError that names a linear whose stored
+    form is corrupt or incomplete.
     """
-    names = sorted(checkpoint.files) if names is None else names
     raw = checkpoint.config().get("quantization_config")
     if raw is None:
-        yield from ((name, checkpoint.read(name)) for name in names)
         return
     try:
         form = FORMATS[CheckpointConfig.from_dict(raw).format]
     except (FormatError, KeyError) as error:
         raise QuantizationError(f"{checkpoint.folder}: its quantization_config cannot be read: {error}") from error
-    parts = tuple(form.__dataclass_fields__)
-    for name in names:
-        linear, _, part = name.rpartition(".")
-        if part not in parts or f"{linear}.{parts[0]}" not in checkpoint.files:
-            yield name, checkpoint.read(name)
-        elif part == parts[0]:
+    first, *_ = keys = tuple(field.name for field in fields(form))
+    for name in sorted(checkpoint.files) if names is None else names:
+        linear, _, key = name.rpartition(".")
+        if key == first:
+            parts = {key: checkpoint.read(f"{linear}.{key}") for key in keys}
+            stored = form(**parts)
             try:
-                weight = form(*(checkpoint.read(f"{linear}.{key}") for key in parts)).decode()
+                dense_range = integer_range(stored.bits) if isinstance(stored, SSQR) else None
+                yield linear, stored.decode(), parts, dense_range
             except FormatError as error:
                 raise QuantizationError(f"{linear}: {error}") from error
-            yield f"{linear}.weight", weight.dequantize()
+
+
+def dense_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor of the dense model; quantized linears are dequantized exactly, in float32.
+
+    names: only tensors stored under these names. Raises QuantizationError like `stored_linears`.
+    """
+    names = sorted(checkpoint.files) if names is None else names
+    replaced = set()
+    for linear, weight, parts, _ in stored_linears(checkpoint, names):
+        replaced |= {f"{linear}.{key}" for key in parts}
+        yield f"{linear}.weight", weight.dequantize()
+    yield from ((name, checkpoint.read(name)) for name in names if name not in replaced)
 
 
 def load_dense(folder: str | Path, device: torch.device) -> nn.Module:
@@ -52,6 +73,7 @@ def load_dense(folder: str | Path, device: torch.device) -> nn.Module:
         del config.quantization_config
     state = {name: tensor.float() for name, tensor in dense_tensors(checkpoint)}
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    disable_progress_bar()
     model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     return model.to(device).eval().requires_grad_(False)
 
@@ -75,7 +97,7 @@ def convert_to_dense(source: str | Path, out: str | Path, dtype: torch.dtype, *,
     for path in files:
         names = sorted(name for name, file in checkpoint.files.items() if file == path)
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in dense_tensors(checkpoint, names)}
-        save_file(tensors, partial / path.name, metadata={"format": "pt"})
+        save_atomically(partial / path.name, tensors)
     write_index(partial, [partial / path.name for path in files])
     copy_companions(checkpoint, partial)
     key = "dtype" if "dtype" in config else "torch_dtype"

@@ -55,13 +55,13 @@ class PartialOutput:
         kept = {name: checkpoint.read(name) for name in checkpoint.files if name.startswith(prefix)}
         tensors = {name: tensor for name, tensor in kept.items() if name not in replaced} | quantized
         _write_atomically(self._report_file(index), json.dumps([asdict(report) for report in reports]))
-        _save_atomically(self.block_file(index), tensors)
+        save_atomically(self.block_file(index), tensors)
 
     def finish(self, config: CheckpointConfig) -> Path:
         """Write what is not a block, the index, config and report; give the folder its name."""
         checkpoint = self.model.checkpoint
         inside = tuple(f"{self.model.block_name(i)}." for i in range(len(self.model.blocks)))
-        _save_atomically(
+        save_atomically(
             self.block_file(-1), {n: checkpoint.read(n) for n in checkpoint.files if not n.startswith(inside)}
         )
         files = [self.block_file(i) for i in range(len(self.model.blocks))] + [self.block_file(-1)]
@@ -182,9 +182,11 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(f"--{key.replace('_', '-')} ({earlier['options'].get(key)})" for key in changed)
 
 
-def _save_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file that is there whole or not at all."""
     unfinished = path.with_suffix(".tmp")
     save_file(tensors, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(0o644)  # safetensors makes files that only their owner can read
     os.replace(unfinished, path)
 
 

@@ -52,6 +52,11 @@ class SSQR:
         integers[sparse.rows.long(), sparse.columns.long()] += sparse.excess.short()
         return LatticeWeight(integers, self.scales)
 
+    @property
+    def bits(self) -> int:
+        """Dense bits per weight. Raises FormatError like `decode`."""
+        return read_header(self.overflow).bits
+
     def tensors(self) -> dict[str, Tensor]:
         """Name → tensor, as stored in safetensors below the linear's own name."""
         return {"qweight": self.qweight, "scales": self.scales, "overflow": self.overflow}

@@ -1,0 +1,154 @@
+"""The command `babai`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+app = typer.Typer(help="Lattice quantization of large language models.", no_args_is_help=True, add_completion=False)
+
+Model = Annotated[str, typer.Argument(help="Model folder, or its name on the Hugging Face hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    format: Annotated[Literal["ssqr"], typer.Option(help="Checkpoint format.")] = "ssqr",
+    bits: Annotated[int, typer.Option(help="Dense bits per weight: 2, 3, 4 or 8.")] = 4,
+    overflow: Annotated[float, typer.Option(help="Share of weights stored sparsely.")] = 0.01,
+    group_size: Annotated[int, typer.Option(help="Input features per scale: -1 (whole rows), 32, 64 or 128.")] = -1,
+    order: Annotated[
+        Literal["min-pivot", "activation", "natural", "reverse"], typer.Option(help="Order of nearest plane.")
+    ] = "activation",
+    calibration: Annotated[
+        str, typer.Option(help="Text: a .jsonl, .txt or .parquet file, or a dataset on the hub.")
+    ] = "NeelNanda/pile-10k",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in each; 0: 2048, or fewer if the model has.")] = 0,
+    damping: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a share of its mean.")] = 0.01,
+    ignore: Annotated[list[str], typer.Option(help="Regular expression of linears to leave as they are.")] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the model's forward pass: auto, float32, bfloat16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Fixes the choice of calibration sequences.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Quantize MODEL and write a checkpoint that `vllm serve OUT --quantization babai` serves."""
+    from vllm_babai.offline.options import QuantizeOptions
+    from vllm_babai.offline.output import REPORT
+    from vllm_babai.offline.quantize import quantize as run
+
+    options = QuantizeOptions(
+        format=format,
+        bits=bits,
+        overflow=overflow,
+        group_size=group_size,
+        order=order,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        damping=damping,
+        ignore=ignore,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    folder = run(model, out, options, resume=resume, overwrite=overwrite)
+    report = json.loads((folder / REPORT).read_text())
+    size = report["checkpoint_bytes"] / 1e6
+    typer.echo(f"{folder}: {report['bits_per_weight']:.3f} bits per quantized weight, {size:.1f} MB in all")
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="Quantized folder.")], as_json: Json = False) -> None:
+    """Show what a quantized folder holds, layer by layer; everything stored is decoded and checked."""
+    from vllm_babai.offline.inspection import inspect as look
+
+    found = look(folder)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    table = Table(
+        Column("linear", overflow="fold"), "rows", "columns", "bits/weight", "entropy", "largest", "overflow", "error"
+    )
+    for linear in found.linears:
+        overflow = "" if linear.overflow_rate is None else f"{linear.overflow_rate:.2%}"
+        error = "" if linear.relative_error is None else f"{linear.relative_error:.5f}"
+        sizes = (str(linear.rows), str(linear.columns), f"{linear.bits_per_weight:.3f}", f"{linear.entropy:.3f}")
+        table.add_row(linear.name, *sizes, str(linear.largest), overflow, error)
+    console = Console()
+    console.print(table)
+    weights, size = f"{found.quantized_weights:,} quantized weights", f"{found.checkpoint_bytes / 1e6:.1f} MB in all"
+    console.print(f"{found.format}: {found.bits_per_weight:.3f} bits per weight over {weights}, {size}")
+
+
+@app.command()
+def eval(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Text: a .jsonl, .txt or .parquet file.")],
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    samples: Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0: all.")] = 0,
+    against: Annotated[str | None, typer.Option(help="The original model, to compare with.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a model, dense or quantized; with --against also how far it is from the original."""
+    from vllm_babai.offline.evaluate import evaluate
+
+    result = evaluate(model, data, window=window, samples=samples, against=against)
+    if as_json:
+        typer.echo(json.dumps(asdict(result), indent=2))
+        return
+    table = Table("measure", "value", "standard error")
+    table.add_row("perplexity", f"{result.perplexity:.4f}")
+    table.add_row("negative log-likelihood, nats per token", f"{result.nll:.5f}", f"{result.nll_error:.5f}")
+    if (c := result.comparison) is not None:
+        table.add_row("perplexity of the original", f"{c.original_perplexity:.4f}")
+        table.add_row("loss against the original, nats per token", f"{c.loss:.5f}", f"{c.loss_error:.5f}")
+        table.add_row("KL divergence, nats", f"{c.divergence:.5f}", f"{c.divergence_error:.5f}")
+        table.add_row("same most likely token", f"{c.agreement:.2%}")
+    console = Console()
+    console.print(table)
+    console.print(f"{result.windows} windows of {result.window} tokens")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Quantized folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    to: Annotated[Literal["dense"], typer.Option(help="What to convert to.")],
+    dtype: Annotated[str, typer.Option(help="Of the dense weights; float32 is exact.")] = "float32",
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert a quantized folder: `dense` is an ordinary Hugging Face checkpoint of the dequantized weights."""
+    from vllm_babai.offline.checkpoint import torch_dtype
+    from vllm_babai.offline.dense import convert_to_dense
+
+    folder = convert_to_dense(source, out, torch_dtype(dtype), overwrite=overwrite)
+    typer.echo(f"{folder}: {to}, {dtype}")
+
+
+def main() -> None:
+    """Run the command; what the user can mend is shown without a traceback."""
+    from vllm_babai.offline.errors import QuantizationError
+
+    torch.set_float32_matmul_precision("highest")
+    try:
+        app()
+    except QuantizationError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted: `babai quantize` goes on where it stopped with --resume", err=True)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
