@@ -6,7 +6,7 @@ from vllm_babai.offline.errors import QuantizationError
 
 if TYPE_CHECKING:
     from vllm_babai.offline.options import QuantizeOptions
-    from vllm_babai.offline.quantize import quantize
+    from vllm_babai.offline.pipeline import quantize
 
 __all__ = ["QuantizationError", "QuantizeOptions", "quantize"]
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return QuantizeOptions
     if name == "quantize":
-        import vllm_babai.offline.quantize as module
+        from vllm_babai.offline.pipeline import quantize
 
-        return module.quantize
+        return quantize
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -44,7 +44,7 @@ def quantize(
     """Quantize MODEL and write a checkpoint that `vllm serve OUT --quantization babai` serves."""
     from vllm_babai.offline.options import QuantizeOptions
     from vllm_babai.offline.output import REPORT
-    from vllm_babai.offline.quantize import quantize as run
+    from vllm_babai.offline.pipeline import quantize as run
 
     options = QuantizeOptions(
         format=format,
@@ -76,9 +76,8 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Quantized folder.")], a
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
         return
-    table = Table(
-        Column("linear", overflow="fold"), "rows", "columns", "bits/weight", "entropy", "largest", "overflow", "error"
-    )
+    width = max(len(linear.name) for linear in found.linears)
+    table = Table(Column("linear", min_width=width), "out", "in", "bits", "entropy", "max", "overflow", "error")
     for linear in found.linears:
         overflow = "" if linear.overflow_rate is None else f"{linear.overflow_rate:.2%}"
         error = "" if linear.relative_error is None else f"{linear.relative_error:.5f}"

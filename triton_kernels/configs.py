@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class Config:
-    """How the fused kernel is launched: rows of an output tile, warps, pipeline stages, programs for every processor."""
+    """How the fused kernel is launched: rows of an output tile, warps, pipeline stages, programs a processor."""
 
     rows: int
     warps: int
@@ -84,7 +84,7 @@ class Target:
     @classmethod
     @cache
     def of(cls, device: torch.device) -> "Target":
-        """The target that tensors on `device` are computed by: a GPU, or Triton's interpreter when it is switched on."""
+        """What computes tensors on `device`: a GPU, or Triton's interpreter when it is switched on."""
         if triton.knobs.runtime.interpret:
             return cls("interpreter", "sm_90", "interpreter", 4)
         if device.type != "cuda":

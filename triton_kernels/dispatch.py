@@ -1,4 +1,4 @@
-"""Which kernel multiplies: the one entry that the custom op calls, and the warm-up that spares serving all compiling."""
+"""Which kernel multiplies: the entry that the custom op calls, and the warm-up that spares serving all compiling."""
 
 import torch
 from torch import Tensor

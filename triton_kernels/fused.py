@@ -47,6 +47,8 @@ def fused_kernel(
     EVEN_K: tl.constexpr,
     ROWS: tl.constexpr,
     BM: tl.constexpr,
+    STORED_M: tl.constexpr,
+    SHARES_STEP: tl.constexpr,
     OVERFLOW_M: tl.constexpr,
     OVERFLOW_STEP: tl.constexpr,
     STAGES: tl.constexpr,
@@ -59,11 +61,13 @@ def fused_kernel(
     shares = segments + splits
     rows = tile % row_blocks * ROWS + tl.arange(0, ROWS)
     first_token = tile // row_blocks * BM
-    tile_ptr = partials_ptr + tile * shares * (BM * ROWS) + tl.arange(0, ROWS)[:, None]
+    tile_ptr = partials_ptr + tile * shares * (BM * ROWS)
+    partial_ptrs = tile_ptr + share * (BM * ROWS) + tl.arange(0, ROWS)[:, None]
     if share < segments:
         _overflow_share(
-            xt_ptr, scales_ptr, entries_ptr, starts_ptr, tile_ptr + share * (BM * ROWS), share, rows, first_token, m,
-            1 if OVERFLOW_M == 1 else tl.cdiv(m, BM) * BM, padded_rows, group_size, FLUSH, ROWS, BM, OVERFLOW_M, OVERFLOW_STEP,
+            xt_ptr, scales_ptr, entries_ptr, starts_ptr, partial_ptrs, share, rows, first_token, m,
+            1 if STORED_M == 1 else tl.cdiv(m, BM) * BM, padded_rows, group_size, FLUSH, ROWS, BM, OVERFLOW_M,
+            OVERFLOW_STEP,
         )  # fmt: skip
     else:
         per_split = tl.cdiv(column_blocks, splits)
@@ -74,20 +78,31 @@ def fused_kernel(
             group_size, BITS, BLOCK_COLUMNS, FLUSH, EVEN_K, ROWS, BM, STAGES, BACKEND,
         )  # fmt: skip
         tokens = tl.arange(0, BM)[None, :]
-        tl.store(tile_ptr + share * (BM * ROWS) + tokens * ROWS, total, mask=first_token + tokens < m)
+        tl.store(partial_ptrs + tokens * ROWS, total, mask=first_token + tokens < m)
 
     tl.debug_barrier()  # all of this program's stores come before its arrival
     arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
     if arrived == shares - 1:
-        tokens = tl.arange(0, BM)[None, :]
-        inside = first_token + tokens < m
-        total = tl.zeros((ROWS, BM), tl.float32)
-        for other in range(shares):
-            partial_ptr = tile_ptr + other * (BM * ROWS) + tokens * ROWS
-            total += tl.load(partial_ptr, mask=inside, other=0.0, cache_modifier=".cg")
-        y_ptrs = y_ptr + (first_token + tokens).to(tl.int64) * n + rows[:, None]
-        tl.store(y_ptrs, round_to(total, y_ptr.dtype.element_ty, BACKEND), mask=inside & (rows[:, None] < n))
+        _sum_shares(tile_ptr, y_ptr, rows, first_token, m, n, shares, ROWS, BM, STORED_M, SHARES_STEP, BACKEND)
         tl.store(counters_ptr + tile, 0)
+
+
+@triton.jit
+def _sum_shares(
+    tile_ptr, y_ptr, rows, first_token, m, n, shares, ROWS: tl.constexpr, BM: tl.constexpr, STORED_M: tl.constexpr,
+    SHARES_STEP: tl.constexpr, BACKEND: tl.constexpr,
+):  # fmt: skip
+    """Add up a tile's partial sums, several at once for the sake of latency, and write the output."""
+    tokens = tl.arange(0, STORED_M)
+    inside = (first_token + tokens < m)[:, None] & (rows < n)[None, :]
+    total = tl.zeros((STORED_M, ROWS), tl.float32)
+    for first in range(0, shares, SHARES_STEP):
+        share = first + tl.arange(0, SHARES_STEP)
+        ptrs = tile_ptr + (share[:, None] * BM + tokens[None, :])[:, :, None] * ROWS + tl.arange(0, ROWS)[None, None, :]
+        mask = (share < shares)[:, None, None] & inside[None, :, :]
+        total += tl.sum(tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+    y_ptrs = y_ptr + (first_token + tokens).to(tl.int64)[:, None] * n + rows[None, :]
+    tl.store(y_ptrs, round_to(total, y_ptr.dtype.element_ty, BACKEND), mask=inside)
 
 
 @triton.jit
@@ -135,7 +150,7 @@ def _dense_share(
 
 @triton.jit
 def _overflow_share(
-    xt_ptr, scales_ptr, entries_ptr, starts_ptr, partial_ptr, segment, rows, first_token, m, token_stride, padded_rows,
+    xt_ptr, scales_ptr, entries_ptr, starts_ptr, partial_ptrs, segment, rows, first_token, m, token_stride, padded_rows,
     group_size, FLUSH: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, OVERFLOW_M: tl.constexpr,
     OVERFLOW_STEP: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +175,7 @@ def _overflow_share(
             total += tl.sum(excess[:, :, None] * x, 1)
         if FLUSH == 0:
             total = total * tl.load(scales_ptr + rows).to(tl.float32)[:, None]
-        tl.store(partial_ptr + tokens[None, :] * ROWS, total, mask=first_token + tokens[None, :] < m)
+        tl.store(partial_ptrs + tokens[None, :] * ROWS, total, mask=first_token + tokens[None, :] < m)
 
 
 def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int, backend: str) -> dict[str, int | str]:
@@ -168,7 +183,8 @@ def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int
     block = geometry.block_columns
     group_size = geometry.in_features // groups
     block_m = max(tokens, SMALLEST_DOT)
-    overflow_m = 1 if tokens == 1 else min(block_m, OVERFLOW_TOKENS)
+    overflow_m = min(tokens, OVERFLOW_TOKENS)
+    registers = 32 * config.warps  # elements of a tensor that takes one register of every thread
     return {
         "BITS": geometry.bits,
         "BLOCK_COLUMNS": block,
@@ -176,8 +192,10 @@ def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int
         "EVEN_K": geometry.in_features % block == 0,
         "ROWS": config.rows,
         "BM": block_m,
+        "STORED_M": tokens,
+        "SHARES_STEP": max(1, min(16, 64 * registers // (config.rows * tokens))),
         "OVERFLOW_M": overflow_m,
-        "OVERFLOW_STEP": max(1, min(16, 2048 * config.warps // (config.rows * overflow_m))),
+        "OVERFLOW_STEP": max(1, min(8, 32 * registers // (config.rows * overflow_m))),
         "STAGES": config.stages,
         "BACKEND": backend,
     }

@@ -30,11 +30,12 @@ def pair_assembly(bits, field, half):
 
     if bits == 8 and not half:
         return f"""{{
-            .reg .b32 field, low, high;
+            .reg .b32 field, low, high, one;
             shr.u32 field, $1, {8 * field};
             lop3.b32 low, field, {twice(0x7F)}, {twice(number(128))}, 0x6a;
             lop3.b32 high, field, {twice(0x80)}, {twice(number(-256))}, 0x6a;
-            fma.rn.bf16x2 $0, low, {twice(number(1))}, high;
+            mov.b32 one, {twice(number(1))};
+            fma.rn.bf16x2 $0, low, one, high;
         }}"""
     fields_per_shift = mantissa // bits
     shift = field // fields_per_shift * fields_per_shift * bits
@@ -68,7 +69,7 @@ def unpack_slot(words, SLOT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constex
         FIELD: tl.constexpr = SLOT
     if BACKEND == "cuda":
         pairs = tl.inline_asm_elementwise(
-            pair_assembly(BITS, FIELD, DTYPE == tl.float16), "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
+            pair_assembly(BITS, FIELD, tl.float16 == DTYPE), "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
         )
         low = pairs.to(tl.int16).to(DTYPE, bitcast=True)
         high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
@@ -90,7 +91,7 @@ def load_words(pointers, BITS: tl.constexpr, WORD_STRIDE: tl.constexpr):
         second = tl.load(pointers + WORD_STRIDE, eviction_policy="evict_first")
         third = tl.load(pointers + 2 * WORD_STRIDE, eviction_policy="evict_first")
         return first, second, third
-    else:
+    else:  # noqa: RET505  (without it the compiler sees two returns)
         return (first,)
 
 
@@ -99,14 +100,14 @@ def matrix_product(a, b, total, BACKEND: tl.constexpr):
     """total + a @ b in fp32. The interpreter takes bf16 for integers, so there the operands go in as fp32."""
     if BACKEND == "interpreter":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    else:
+    else:  # noqa: RET505
         return tl.dot(a, b, total)
 
 
 @triton.jit
 def round_to(value, DTYPE: tl.constexpr, BACKEND: tl.constexpr):
     """fp32 → DTYPE, to nearest even, also in the interpreter, which truncates to bf16."""
-    if BACKEND == "interpreter" and DTYPE == tl.bfloat16:
+    if BACKEND == "interpreter" and tl.bfloat16 == DTYPE:
         raw = value.to(tl.int32, bitcast=True)
         raw = raw + 0x7FFF + ((raw >> 16) & 1)
         value = (raw & -65536).to(tl.float32, bitcast=True)
