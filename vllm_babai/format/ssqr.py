@@ -28,7 +28,7 @@ class SSQR:
     @classmethod
     def encode(cls, weight: LatticeWeight, bits: int) -> "SSQR":
         """Store a lattice point with `bits` dense bits per weight; exact for any |z| ≤ 2¹⁵ − 1."""
-        if weight.integers.numel() and weight.integers.abs().max() > MAX_INTEGER:
+        if weight.integers.numel() and weight.integers.min() < -MAX_INTEGER:  # int16 itself ends at +MAX_INTEGER
             raise ValueError(f"integers larger than {MAX_INTEGER} cannot be stored")
         low, high = integer_range(bits)
         dense = weight.integers.clamp(low, high)
