@@ -1,0 +1,53 @@
+"""quantization_config: round trip, overrides, and an error for every field at fault."""
+
+from typing import Any
+
+import pytest
+
+from vllm_babai.format import CheckpointConfig, FormatError, LayerScheme
+
+CONFIG = CheckpointConfig(
+    "ssqr", 4, 128, ignore=["lm_head"], overrides={"model.layers.0.mlp.down_proj": {"bits": 8, "group_size": -1}}
+)
+
+
+def test_round_trip() -> None:
+    raw = CONFIG.to_dict()
+    assert raw["quant_method"] == "babai"
+    assert raw["format_version"] == 1
+    assert CheckpointConfig.from_dict(raw) == CONFIG
+
+
+def test_scheme_of_a_layer() -> None:
+    assert CONFIG.scheme("model.layers.1.mlp.down_proj") == LayerScheme(4, 128)
+    assert CONFIG.scheme("model.layers.0.mlp.down_proj") == LayerScheme(8, -1)
+
+
+@pytest.mark.parametrize(("group_size", "groups"), [(-1, 1), (32, 8), (128, 2)])
+def test_scales_per_row(group_size: int, groups: int) -> None:
+    assert LayerScheme(4, group_size).groups(256) == groups
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "gptq"}, "quant_method is 'gptq', not 'babai'"),
+        ({"quant_method": None}, "quant_method is None"),
+        ({"format_version": 2}, "format_version is 2; this version of vllm-babai reads 1"),
+        ({"format_version": None}, "format_version is None"),
+        ({"bitz": 4}, r"unknown fields \['bitz'\]"),
+        ({"bits": 5}, "bits of the checkpoint is 5"),
+        ({"overrides": {"model.layers.0.mlp.up_proj": {"bits": 7}}}, "bits of model.layers.0.mlp.up_proj is 7"),
+    ],
+)
+def test_a_field_at_fault_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        CheckpointConfig.from_dict(CONFIG.to_dict() | change)
+
+
+@pytest.mark.parametrize("missing", ["quant_method", "format_version", "format", "bits"])
+def test_a_missing_field_is_named(missing: str) -> None:
+    raw = CONFIG.to_dict()
+    del raw[missing]
+    with pytest.raises(FormatError, match=missing):
+        CheckpointConfig.from_dict(raw)

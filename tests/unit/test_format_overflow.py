@@ -1,0 +1,184 @@
+"""The overflow blob: any excess survives, any window of it decodes alone, damage is noticed, an entry is cheap."""
+
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from vllm_babai.format import SSQR, FormatError, LatticeWeight, decode_overflow, integer_range, read_header
+from vllm_babai.format.overflow import HEADER, TILE_COLUMNS, TILE_ROWS, encode_overflow
+
+LARGEST = 2**15 - 1 + 2**7
+VALUES = st.one_of(
+    st.just(st.just(0)),
+    st.just(st.sampled_from([-LARGEST, LARGEST])),
+    st.just(st.integers(-1, 1)),
+    st.just(st.integers(-LARGEST, LARGEST)),
+)
+
+
+def sparse(shape: tuple[int, int], density: float, spread: float, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(shape, generator=generator) * spread).round().int().clamp(-LARGEST, LARGEST)
+    return values * (torch.rand(shape, generator=generator) < density)
+
+
+def blob_of(excess: torch.Tensor) -> torch.Tensor:
+    return encode_overflow(excess, bits=4, dense_crc=123456789)
+
+
+def decoded(blob: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+    entries = decode_overflow(blob, rows, columns)
+    dense = torch.zeros(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.int32)
+    dense[entries.rows.long(), entries.columns.long()] = entries.excess
+    return dense
+
+
+def assert_round_trip(excess: torch.Tensor) -> None:
+    entries = decode_overflow(blob_of(excess))
+    rows, columns = torch.nonzero(excess, as_tuple=True)  # sorted by row, then column
+    assert torch.equal(entries.rows, rows.int())
+    assert torch.equal(entries.columns, columns.int())
+    assert torch.equal(entries.excess, excess[rows, columns].int())
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    VALUES.flatmap(
+        lambda values: arrays.arrays(np.int32, st.tuples(st.integers(1, 70), st.integers(1, 40)), elements=values)
+    )
+)
+def test_round_trip_of_any_values(excess: np.ndarray) -> None:
+    assert_round_trip(torch.from_numpy(excess))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 100), st.integers(1, 2500)),
+    density=st.sampled_from([0.0, 0.0005, 0.01, 0.2, 1.0]),
+    spread=st.sampled_from([1.0, 30.0, 20000.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_round_trip_over_many_tiles(shape: tuple[int, int], density: float, spread: float, seed: int) -> None:
+    assert_round_trip(sparse(shape, density, spread, seed))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (1, 5000), (5000, 1), (33, 1025), (32, 1024)])
+@pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
+def test_odd_shapes(shape: tuple[int, int], density: float) -> None:
+    assert_round_trip(sparse(shape, density, 3.0))
+
+
+def test_rows_without_overflow_between_rows_full_of_it() -> None:
+    excess = torch.zeros(96, 1500, dtype=torch.int32)
+    excess[40], excess[95] = 1, -LARGEST
+    assert_round_trip(excess)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_a_window_decodes_to_the_slice(data: st.DataObject) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 100), st.integers(1, 2500)), "shape")
+    excess = sparse(shape, data.draw(st.sampled_from([0.0, 0.01, 0.3]), "density"), 20.0)
+    window = []
+    for size in shape:
+        start = data.draw(st.integers(0, size))
+        window.append(slice(start, data.draw(st.integers(start, size))))
+    assert torch.equal(decoded(blob_of(excess), *window), excess[window[0], window[1]])
+
+
+@pytest.mark.parametrize("window", [slice(0, 11), slice(-1, 5), slice(6, 5)])
+def test_a_window_outside_the_matrix_is_refused(window: slice) -> None:
+    blob = blob_of(sparse((10, 10), 0.1, 3.0))
+    with pytest.raises(ValueError, match="row window"):
+        decode_overflow(blob, row_window=window)
+    with pytest.raises(ValueError, match="column window"):
+        decode_overflow(blob, column_window=window)
+
+
+def test_header_describes_the_layer() -> None:
+    excess = sparse((70, 2500), 0.01, 3.0)
+    header = read_header(blob_of(excess))
+    assert (header.rows, header.columns, header.bits, header.dense_crc) == (70, 2500, 4, 123456789)
+    assert (header.tile_rows, header.tile_columns, header.tiles) == (TILE_ROWS, TILE_COLUMNS, (3, 3))
+    assert header.entries >= torch.count_nonzero(excess)
+    assert read_header(blob_of(excess[:, :40])).tile_columns == 40
+
+
+def test_every_truncation_and_extension_is_noticed() -> None:
+    blob = blob_of(sparse((40, 50), 0.05, 3.0))
+    for length in range(len(blob)):
+        with pytest.raises(FormatError, match="truncated"):
+            decode_overflow(blob[:length])
+    with pytest.raises(FormatError, match="truncated"):
+        decode_overflow(torch.cat((blob, blob[:1])))
+
+
+def test_every_flipped_bit_is_noticed() -> None:
+    blob = blob_of(sparse((40, 50), 0.05, 3.0))
+    for bit in range(8 * len(blob)):
+        damaged = blob.clone()
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(FormatError):
+            decode_overflow(damaged)
+
+
+def test_a_tensor_that_is_no_blob_is_refused() -> None:
+    with pytest.raises(FormatError, match="truncated or is not one"):
+        read_header(torch.zeros(100, dtype=torch.uint8))
+
+
+def with_field(index: int, value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Set a header field and sign the blob anew, as a different writer would."""
+
+    def change(blob: torch.Tensor) -> torch.Tensor:
+        raw = blob.numpy().tobytes()
+        fields = [*HEADER.unpack_from(raw)[:-1], 0]
+        fields[index] = value
+        crc = zlib.crc32(raw[HEADER.size :], zlib.crc32(HEADER.pack(*fields)))
+        signed = HEADER.pack(*fields[:-1], crc) + raw[HEADER.size :]
+        return torch.frombuffer(bytearray(signed), dtype=torch.uint8)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_field(1, 2), "format version 2; this version reads 1"),
+        (with_field(5, 0), "empty tiles"),
+        (with_field(6, 0), "empty tiles"),
+        (with_field(7, 4000), "its header asks for"),
+        (with_field(9, 10**6), "its header asks for"),
+    ],
+    ids=["version", "tile_rows", "tile_columns", "rows", "entries"],
+)
+def test_header_fields_of_another_writer_are_checked(
+    change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    with pytest.raises(FormatError, match=message):
+        decode_overflow(change(blob_of(sparse((40, 50), 0.05, 3.0))))
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 12), (3, 13), (4, 13.5), (8, 17.5)])
+@pytest.mark.parametrize("shape", [(256, 256), (2048, 2048)])
+def test_cost_of_an_entry_at_one_percent(
+    bits: int, most: float, shape: tuple[int, int], record_property: Callable[[str, object], None]
+) -> None:
+    low, high = integer_range(bits)
+    gaussian = torch.randn(shape, generator=torch.Generator().manual_seed(bits)).double()
+    thresholds = torch.maximum(gaussian / (high + 0.5), gaussian / (low - 0.5))
+    scale = np.quantile(thresholds.numpy(), 0.99)  # at which 1% of the integers overflow
+    integers = (gaussian / scale).round().short()
+    entries = int(((integers > high) | (integers < low)).sum())
+    assert abs(entries / integers.numel() - 0.01) < 0.0001
+    stored = SSQR.encode(LatticeWeight(integers, torch.ones(shape[0], 1, dtype=torch.bfloat16)), bits)
+    cost = 8 * len(stored.overflow) / entries
+    record_property("bits_per_entry", round(cost, 2))
+    print(f"{bits} bits, {shape}: {entries} entries of {cost:.2f} bits, header and tile index included")
+    assert cost <= most
