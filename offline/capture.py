@@ -38,6 +38,8 @@ def shared_inputs(
 
     Raises QuantizationError that names a linear which the block never calls.
     """
+    if not linears:
+        return []
     inputs: dict[int, Tensor] = {}  # holds the tensors, so that no two can have the same id
     groups: dict[int, list[str]] = {}
 

@@ -21,9 +21,10 @@ Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    format: Annotated[Literal["ssqr"], typer.Option(help="Checkpoint format.")] = "ssqr",
-    bits: Annotated[int, typer.Option(help="Dense bits per weight: 2, 3, 4 or 8.")] = 4,
-    overflow: Annotated[float, typer.Option(help="Share of weights stored sparsely.")] = 0.01,
+    format: Annotated[Literal["ssqr", "hptq"], typer.Option(help="Dense + sparse, or entropy coded.")] = "ssqr",
+    bits: Annotated[int, typer.Option(help="SSQR: dense bits per weight: 2, 3, 4 or 8.")] = 4,
+    overflow: Annotated[float, typer.Option(help="SSQR: share of weights stored sparsely.")] = 0.01,
+    rate: Annotated[float, typer.Option(help="HPTQ: bits per weight, everything counted.")] = 3.125,
     group_size: Annotated[int, typer.Option(help="Input features per scale: -1 (whole rows), 32, 64 or 128.")] = -1,
     order: Annotated[
         Literal["min-pivot", "activation", "natural", "reverse"], typer.Option(help="Order of nearest plane.")
@@ -50,6 +51,7 @@ def quantize(
         format=format,
         bits=bits,
         overflow=overflow,
+        rate=rate,
         group_size=group_size,
         order=order,
         calibration=calibration,

@@ -18,6 +18,7 @@ from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor
 
 LEAF = 16  # columns decided one by one between matrix products
+PROBES = 64
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,18 @@ class NearestPlane:
     integers: Tensor
     residual: Tensor
     targets: Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solved layer. scales: bfloat16 [1 or out, groups], as stored. steps: the same, float32, broadcastable to
+    [n, out] in the factor's order. passes: runs of nearest plane that it took to find the scales.
+    """
+
+    scales: Tensor
+    steps: Tensor
+    plane: NearestPlane
+    passes: int
 
 
 def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor) -> NearestPlane:
@@ -83,3 +96,18 @@ def mean_error(steps: Tensor, factor: Factor) -> Tensor:
     """
     steps = steps.expand(len(factor.pivots), -1)
     return factor.pivots @ steps.double().square() / 12
+
+
+def expected_targets(weight: Tensor, steps: Tensor, factor: Factor, seed: int) -> tuple[Tensor, Tensor]:
+    """Two draws of nearest plane's targets without running it: the weight plus and minus noise as the carried error's.
+
+    weight: [n, out] in the factor's order; steps: broadcastable to it. Rounding leaves t − s∘z = s∘u with u uniform,
+    so the residual is w − s∘z = U⁻¹(s∘u), U being R with rows divided by its diagonal. What is carried into position j,
+    t_j − w_j, hence has variance s²/12 Σ_{k>j} (U⁻¹)_jk². Random probes tell these row sums without the inverse.
+    """
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    probes = torch.randn(len(weight), PROBES, generator=generator, device=weight.device, dtype=weight.dtype)
+    carried = probes - torch.linalg.solve_triangular(factor.unit_upper, probes, upper=True, unitriangular=True)
+    noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
+    noise *= carried.square().mean(1, keepdim=True).div(12).sqrt() * steps
+    return weight + noise, weight - noise

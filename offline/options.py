@@ -19,15 +19,17 @@ class QuantizeOptions:
     """What `babai quantize` takes. Raises QuantizationError that names the option at fault.
 
     bits: dense bits per weight. overflow: share of weights stored sparsely. group_size: input features per scale, −1
-    for one scale per output row. order: of nearest plane. calibration: file or hub dataset; samples × sequence_length
-    tokens of it are used (0: 2048, or what the model's positions allow). damping: λ over the Hessian's mean diagonal.
-    ignore: regular expressions; linears whose full name one of them finds stay as they are. device, dtype: of the
-    model's forward pass; 'auto' is CUDA where there is one, and bfloat16 there, float32 on the CPU.
+    for one scale per output row; these three are SSQR's. rate: bits per weight of HPTQ, everything counted. order: of
+    nearest plane. calibration: file or hub dataset; samples × sequence_length tokens of it are used (0: 2048, or what
+    the model's positions allow). damping: λ over the Hessian's mean diagonal. ignore: regular expressions; linears that
+    one of them finds by full name stay as they are. device, dtype: of the model's forward pass; 'auto' is CUDA where there
+    is one, and bfloat16 there, float32 on the CPU.
     """
 
-    format: Literal["ssqr"] = "ssqr"
+    format: Literal["ssqr", "hptq"] = "ssqr"
     bits: int = 4
     overflow: float = 0.01
+    rate: float = 3.125
     group_size: int = -1
     order: Order = "activation"
     calibration: str = "NeelNanda/pile-10k"
@@ -42,6 +44,7 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         _check("--bits", self.bits in BIT_WIDTHS, f"one of {BIT_WIDTHS}", self.bits)
         _check("--overflow", 0 <= self.overflow <= 0.2, "from 0 to 0.2", self.overflow)
+        _check("--rate", 1 <= self.rate <= 8, "from 1 to 8", self.rate)
         _check("--group-size", self.group_size in GROUP_SIZES, f"one of {GROUP_SIZES}", self.group_size)
         _check("--order", self.order in ORDERS, f"one of {', '.join(ORDERS)}", self.order)
         _check("--samples", self.samples > 0, "positive", self.samples)

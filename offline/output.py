@@ -48,6 +48,10 @@ class PartialOutput:
         """All tensors of a finished block."""
         return load_file(self.block_file(index))
 
+    def read_reports(self, index: int) -> list[LayerReport]:
+        """Reports of a finished block."""
+        return [LayerReport(**report) for report in json.loads(self._report_file(index).read_text())]
+
     def write_block(self, index: int, quantized: dict[str, Tensor], reports: list[LayerReport]) -> None:
         """Write a block: its quantized linears, and whatever else the original block holds as it was."""
         checkpoint, prefix = self.model.checkpoint, f"{self.model.block_name(index)}."
@@ -68,9 +72,7 @@ class PartialOutput:
         write_index(self.partial, files)
         copy_companions(checkpoint, self.partial)
         write_config(self.partial, checkpoint.config() | {"quantization_config": config.to_dict()})
-        layers = [
-            report for i in range(len(self.model.blocks)) for report in json.loads(self._report_file(i).read_text())
-        ]
+        layers = [asdict(report) for i in range(len(self.model.blocks)) for report in self.read_reports(i)]
         report = {"options": self.options.to_dict(), **_totals(layers, files), "layers": layers}
         (self.partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         for i in range(len(self.model.blocks)):

@@ -1,5 +1,6 @@
 """The run over a whole model: capture → factor → nearest plane → encode → checkpoint, block by block."""
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from vllm_babai.format import SSQR, CheckpointConfig, LayerScheme
+from vllm_babai.format import FORMATS, CheckpointConfig
+from vllm_babai.offline.budget import Budget
 from vllm_babai.offline.calibration import calibration_tokens
 from vllm_babai.offline.capture import advance, hessian, shared_inputs
 from vllm_babai.offline.checkpoint import open_checkpoint
 from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.offline.factor import factorize
-from vllm_babai.offline.layer import LayerReport, quantize_ssqr
+from vllm_babai.offline.factor import Factor, factorize
+from vllm_babai.offline.layer import LayerReport, QuantizedLinear, quantize_hptq, quantize_ssqr
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.output import PartialOutput, open_output
-from vllm_babai.offline.streamed_model import open_streamed
+from vllm_babai.offline.streamed_model import StreamedModel, open_streamed
 
 
 def quantize(
@@ -40,73 +42,87 @@ def quantize(
     tokens = calibration_tokens(tokenizer, options.calibration, options.samples, length, options.seed)
     hidden, arguments = streamed.first_inputs(tokens)
     with _progress() as progress:
+        run = _Run(streamed, options, output, hidden, Budget(options.rate), progress)
         task = progress.add_task("", total=len(selected))
-        for index in range(len(streamed.blocks)):
-            block = streamed.load_block(index)
-            linears = {n: m for n, m in _linears(block, streamed.block_name(index)).items() if not options.ignores(n)}
-            progress.update(task, description=f"block {index + 1} of {len(streamed.blocks)}")
-            if output.has_block(index):
-                _restore(block, linears, output, index)
-                progress.advance(task, len(linears))
-            else:
-                tensors, reports = _quantize_block(block, linears, hidden, arguments[index], options, progress, task)
-                output.write_block(index, tensors, reports)
-            if index + 1 < len(streamed.blocks):
-                advance(block, hidden, arguments[index], device)
-            del block, linears
-    ignored = [n for i in range(len(streamed.blocks)) for n in streamed.linears(i) if options.ignores(n)]
-    config = CheckpointConfig(options.format, options.bits, options.group_size, ["lm_head", *ignored])
-    return output.finish(config)
+        for index, block_arguments in enumerate(arguments):
+            progress.update(task, description=f"block {index + 1} of {len(arguments)}")
+            progress.advance(task, run.block(index, block_arguments))
+    everything = [name for i in range(len(streamed.blocks)) for name in streamed.linears(i)]
+    ignored = [name for name in everything if options.ignores(name)]
+    bits = options.bits if options.format == "ssqr" else None
+    return output.finish(CheckpointConfig(options.format, bits, options.group_size, ["lm_head", *ignored]))
 
 
-def _quantize_block(
-    block: nn.Module,
-    linears: dict[str, nn.Linear],
-    hidden: Tensor,
-    arguments: dict[str, Any],
-    options: QuantizeOptions,
-    progress: Progress,
-    task: Any,
-) -> tuple[dict[str, Tensor], list[LayerReport]]:
-    """Quantize a block's linears in the order in which they run, each group on the outputs of the groups before it."""
-    tensors: dict[str, Tensor] = {}
-    reports = []
-    for group in (
-        shared_inputs(block, linears, hidden[:1].to(next(block.parameters()).device), arguments) if linears else []
-    ):
-        covariance = hessian(block, linears[group[0]], group[0], hidden, arguments)
+@dataclass
+class _Run:
+    """What goes from block to block. hidden: the calibration inputs of the next block."""
+
+    model: StreamedModel
+    options: QuantizeOptions
+    output: PartialOutput
+    hidden: Tensor
+    budget: Budget
+    progress: Progress
+
+    def block(self, index: int, arguments: dict[str, Any]) -> int:
+        """Quantize a block, or restore what an interrupted run made of it; advance its inputs; count its linears."""
+        block, name = self.model.load_block(index), self.model.block_name(index)
+        linears = {f"{name}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        linears = {n: m for n, m in linears.items() if not self.options.ignores(n)}
+        if self.output.has_block(index):
+            self._restore(index, linears)
+        else:
+            self._quantize(index, block, linears, arguments)
+        if index + 1 < len(self.model.blocks):
+            advance(block, self.hidden, arguments, self.model.device)
+        return len(linears)
+
+    def _quantize(self, index: int, block: nn.Module, linears: dict[str, nn.Linear], arguments: dict[str, Any]) -> None:
+        """Quantize linears in the order in which they run, each group on the outputs of the groups before it."""
+        tensors: dict[str, Tensor] = {}
+        reports: list[LayerReport] = []
+        for group in shared_inputs(block, linears, self.hidden[:1].to(self.model.device), arguments):
+            covariance = hessian(block, linears[group[0]], group[0], self.hidden, arguments)
+            factor = self._factorize(covariance, group)
+            for name in group:
+                quantized = self._quantize_linear(name, factor)
+                _replace(linears[name], quantized.weight.dequantize())
+                self.budget.spend(quantized.report)
+                tensors |= {f"{name}.{key}": tensor for key, tensor in quantized.tensors.items()}
+                reports.append(quantized.report)
+        self.output.write_block(index, tensors, reports)
+
+    def _factorize(self, covariance: Tensor, group: list[str]) -> Factor:
+        options = self.options
         try:
             factor = factorize(covariance, options.order, options.damping)
         except QuantizationError as error:
             raise QuantizationError(f"{', '.join(group)}: {error}") from error
         if factor.damping > options.damping:
-            progress.console.print(f"{', '.join(group)}: damping raised to {factor.damping:g}")
-        for name in group:
-            scheme = LayerScheme(options.bits, options.group_size)
-            quantized = quantize_ssqr(
-                name, linears[name].weight, factor, options.order, scheme, options.overflow, options.seed
-            )
-            _replace(linears[name], quantized.weight.dequantize())
-            tensors |= {f"{name}.{key}": tensor for key, tensor in quantized.stored.tensors().items()}
-            reports.append(quantized.report)
-            progress.advance(task)
-    return tensors, reports
+            self.progress.console.print(f"{', '.join(group)}: damping raised to {factor.damping:g}")
+        return factor
 
+    def _quantize_linear(self, name: str, factor: Factor) -> QuantizedLinear:
+        options = self.options
+        weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
+        if options.format == "hptq":
+            rate = self.budget.next_rate(weight.numel())
+            return quantize_hptq(name, weight, factor, options.order, rate, options.seed)
+        goal = (options.bits, options.group_size, options.overflow)
+        return quantize_ssqr(name, weight, factor, options.order, *goal, options.seed)
 
-def _restore(block: nn.Module, linears: dict[str, nn.Linear], output: PartialOutput, index: int) -> None:
-    """Give a block the weights that an interrupted run has already quantized."""
-    stored = output.read_block(index)
-    for name, linear in linears.items():
-        parts = SSQR(*(stored[f"{name}.{key}"] for key in ("qweight", "scales", "overflow")))
-        _replace(linear, parts.decode().dequantize())
+    def _restore(self, index: int, linears: dict[str, nn.Linear]) -> None:
+        """Give a block the weights that an interrupted run has already quantized."""
+        stored, form = self.output.read_block(index), FORMATS[self.options.format]
+        for name, linear in linears.items():
+            parts = {field.name: stored[f"{name}.{field.name}"] for field in fields(form)}
+            _replace(linear, form(**parts).decode().dequantize())
+        for report in self.output.read_reports(index):
+            self.budget.spend(report)
 
 
 def _replace(linear: nn.Linear, weight: Tensor) -> None:
     linear.weight.copy_(weight)
-
-
-def _linears(block: nn.Module, name: str) -> dict[str, nn.Linear]:
-    return {f"{name}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
 
 
 def _sequence_length(options: QuantizeOptions, config: dict[str, Any]) -> int:

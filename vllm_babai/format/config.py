@@ -12,9 +12,9 @@ QUANT_METHOD = "babai"
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """How one linear is stored: dense bits, and input features per scale (−1: one scale per output row)."""
+    """How one linear is stored: dense bits (SSQR's alone), and input features per scale (−1: one scale per output row)."""
 
-    bits: int
+    bits: int | None
     group_size: int = -1
 
     def groups(self, in_features: int) -> int:
@@ -31,7 +31,7 @@ class CheckpointConfig:
     """
 
     format: str
-    bits: int
+    bits: int | None = None
     group_size: int = -1
     ignore: list[str] = field(default_factory=list)
     overrides: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -54,12 +54,12 @@ class CheckpointConfig:
         if version != FORMAT_VERSION:
             raise FormatError(f"format_version is {version}; this version of vllm-babai reads {FORMAT_VERSION}")
         unknown = fields.keys() - cls.__dataclass_fields__.keys()
-        missing = {"format", "bits"} - fields.keys()
+        missing = {"format"} - fields.keys()
         if unknown or missing:
             raise FormatError(f"quantization_config has unknown fields {sorted(unknown)}, lacks {sorted(missing)}")
         config = cls(**fields)
         for name in ("", *config.overrides):
             bits = config.scheme(name).bits
-            if bits not in BIT_WIDTHS:
+            if config.format == "ssqr" and bits not in BIT_WIDTHS:
                 raise FormatError(f"bits of {name or 'the checkpoint'} is {bits}; this version reads {BIT_WIDTHS}")
         return config
