@@ -20,6 +20,8 @@ from vllm_babai.triton_kernels.unpack import load_words, matrix_product, round_t
 
 SMALLEST_DOT = 8  # tokens that a matrix product takes at least
 OVERFLOW_TOKENS = 16  # tokens that the overflow part takes at a time
+OVERFLOW_ELEMENTS = 2048  # products that the overflow part computes at a time, at most
+SUM_ELEMENTS = 4096  # partial sums that are loaded at a time, at most
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -158,24 +160,35 @@ def _overflow_share(
     start = tl.load(starts_ptr + segment * padded_rows + rows)
     end = tl.load(starts_ptr + segment * padded_rows + rows + 1)
     longest = tl.max(end - start, 0)
+    end = end[:, None]
+    first_index = start[:, None] + tl.arange(0, OVERFLOW_STEP)[None, :]
     for chunk in range(0, tl.minimum(BM, m - first_token), OVERFLOW_M):
-        tokens = chunk + tl.arange(0, OVERFLOW_M)
-        total = tl.zeros((ROWS, OVERFLOW_M), tl.float32)
+        tokens = first_token + chunk + tl.arange(0, OVERFLOW_M)
+        if OVERFLOW_M == 1:
+            products = tl.zeros((ROWS, OVERFLOW_STEP), tl.float32)
+        else:
+            products = tl.zeros((ROWS, OVERFLOW_STEP, OVERFLOW_M), tl.float32)
         for step in range(0, longest, OVERFLOW_STEP):
-            index = (start + step)[:, None] + tl.arange(0, OVERFLOW_STEP)[None, :]
-            inside = index < end[:, None]
+            index = first_index + step
+            inside = index < end
             entry = tl.load(entries_ptr + index, mask=inside, other=0).to(tl.int32)
             column = segment * 2048 + (entry & 2047)
             excess = (entry >> 11).to(tl.float32)
             if FLUSH > 0:
                 scale_ptrs = scales_ptr + column // group_size * padded_rows + rows[:, None]
                 excess = excess * tl.load(scale_ptrs, mask=inside, other=0.0).to(tl.float32)
-            x_ptrs = xt_ptr + (column * token_stride + first_token)[:, :, None] + tokens[None, None, :]
-            x = tl.load(x_ptrs, mask=inside[:, :, None], other=0.0, eviction_policy="evict_last").to(tl.float32)
-            total += tl.sum(excess[:, :, None] * x, 1)
+            if OVERFLOW_M == 1:
+                x = tl.load(xt_ptr + column, mask=inside, other=0.0, eviction_policy="evict_last")
+                products += excess * x.to(tl.float32)
+            else:
+                x_ptrs = xt_ptr + (column * token_stride)[:, :, None] + tokens[None, None, :]
+                x = tl.load(x_ptrs, mask=inside[:, :, None], other=0.0, eviction_policy="evict_last")
+                products += excess[:, :, None] * x.to(tl.float32)
+        total = tl.sum(products, 1).reshape(ROWS, OVERFLOW_M)
         if FLUSH == 0:
             total = total * tl.load(scales_ptr + rows).to(tl.float32)[:, None]
-        tl.store(partial_ptrs + tokens[None, :] * ROWS, total, mask=first_token + tokens[None, :] < m)
+        ptrs = partial_ptrs + (tokens - first_token)[None, :] * ROWS
+        tl.store(ptrs, total, mask=tokens[None, :] < m)
 
 
 def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int, backend: str) -> dict[str, int | str]:
@@ -184,7 +197,6 @@ def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int
     group_size = geometry.in_features // groups
     block_m = max(tokens, SMALLEST_DOT)
     overflow_m = min(tokens, OVERFLOW_TOKENS)
-    registers = 32 * config.warps  # elements of a tensor that takes one register of every thread
     return {
         "BITS": geometry.bits,
         "BLOCK_COLUMNS": block,
@@ -193,9 +205,9 @@ def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int
         "ROWS": config.rows,
         "BM": block_m,
         "STORED_M": tokens,
-        "SHARES_STEP": max(1, min(16, 64 * registers // (config.rows * tokens))),
+        "SHARES_STEP": max(1, min(8, SUM_ELEMENTS // (config.rows * tokens))),
         "OVERFLOW_M": overflow_m,
-        "OVERFLOW_STEP": max(1, min(8, 32 * registers // (config.rows * overflow_m))),
+        "OVERFLOW_STEP": max(1, min(8, OVERFLOW_ELEMENTS // (config.rows * overflow_m))),
         "STAGES": config.stages,
         "BACKEND": backend,
     }
