@@ -1,0 +1,194 @@
+"""Proofs of the solver: it is GPTQ in the opposite order, its error is bounded and predictable, and it is a good
+solution of the closest-vector problem."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.offline.factor import ORDERS, Factor, Order, factorize
+from vllm_babai.offline.nearest_plane import NearestPlane, mean_error, nearest_plane, squared_error
+
+
+def random_hessian(n: int, seed: int, condition: float = 1e3) -> Tensor:
+    """XᵀX of correlated inputs whose variances spread over `condition`, float64 [n, n]."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(n, dtype=torch.float64) + 0.5 * torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5
+    spread = condition ** torch.rand(n, generator=generator, dtype=torch.float64).sub(0.5).div(2)
+    inputs = torch.randn(4 * n, n, generator=generator, dtype=torch.float64) @ mix * spread
+    return inputs.T @ inputs / len(inputs)
+
+
+def random_weight(out: int, n: int, seed: int, spread: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return spread * torch.randn(out, n, generator=generator, dtype=torch.float64)
+
+
+def factorize64(hessian: Tensor, order: Order, damping: float) -> Factor:
+    """The factor in float64 throughout. It is exactly that of `exact_hessian`, which differs by float32 rounding."""
+    factor = factorize(hessian, order, damping)
+    return replace(factor, unit_upper=factor.unit_upper.double())
+
+
+def exact_hessian(factor: Factor) -> Tensor:
+    """The Hessian whose factor this is exactly, float64 [n, n], features in the model's order."""
+    back = torch.argsort(factor.order)
+    return (factor.unit_upper.T @ (factor.pivots[:, None] * factor.unit_upper))[back][:, back]
+
+
+def solve(weight: Tensor, factor: Factor, steps: Tensor) -> NearestPlane:
+    """Nearest plane; weight, steps: [out, n], features in the model's order."""
+    basis_weight, basis_steps = (tensor.T[factor.order].contiguous() for tensor in (weight, steps.expand_as(weight)))
+    return nearest_plane(basis_weight, factor.unit_upper, basis_steps)
+
+
+def integers_of(solution: NearestPlane, factor: Factor) -> Tensor:
+    """Integers [out, n], features in the model's order."""
+    integers = torch.empty_like(solution.integers)
+    integers[factor.order] = solution.integers
+    return integers.T
+
+
+def gptq(weight: Tensor, hessian: Tensor, steps: Tensor, order: Tensor) -> Tensor:
+    """Integers that GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1) finds, without clipping and without blocks.
+
+    weight, steps: [out, n]; hessian: damped, [n, n]; order: features, the first one quantized first. float64.
+    """
+    inverse = torch.linalg.inv(hessian[order][:, order])
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    rest, steps = weight[:, order].clone(), steps.expand_as(weight)[:, order]
+    integers = torch.empty_like(weight)
+    for i, feature in enumerate(order):
+        integers[:, feature] = torch.round(rest[:, i] / steps[:, i])
+        error = (rest[:, i] - steps[:, i] * integers[:, feature]) / upper[i, i]
+        rest[:, i:] -= torch.outer(error, upper[i, i:])
+    return integers
+
+
+def output_error(weight: Tensor, integers: Tensor, steps: Tensor, hessian: Tensor) -> Tensor:
+    """Squared error of every output row by its definition, (w − s∘z) H (w − s∘z)ᵀ, [out]."""
+    residual = weight - steps * integers
+    return ((residual @ hessian) * residual).sum(1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n=st.integers(1, 150),
+    order=st.sampled_from(sorted(ORDERS)),
+    damping=st.sampled_from([0.0, 0.01]),
+    groups=st.sampled_from([1, 3]),
+    seed=st.integers(0, 2**32),
+)
+def test_integers_are_those_of_gptq_in_the_opposite_order(
+    n: int, order: Order, damping: float, groups: int, seed: int
+) -> None:
+    n = n * groups
+    factor = factorize64(random_hessian(n, seed), order, damping)
+    weight = random_weight(20, n, seed + 1)
+    steps = (0.05 + 0.3 * random_weight(20, groups, seed + 2).abs()).repeat_interleave(n // groups, 1)
+    expected = gptq(weight, exact_hessian(factor), steps, factor.order.flip(0))
+    assert torch.equal(integers_of(solve(weight, factor, steps), factor), expected)
+
+
+def test_opposite_of_the_activation_order_is_act_order_of_gptq() -> None:
+    hessian = random_hessian(100, seed=0)
+    factor = factorize64(hessian, "activation", 0.01)
+    assert torch.equal(factor.order.flip(0), torch.argsort(hessian.diagonal(), descending=True))
+
+
+@pytest.mark.parametrize("order", sorted(ORDERS))
+def test_integers_on_captured_hessians(captured: dict[str, tuple[Tensor, Tensor]], order: Order) -> None:
+    for weight, hessian in captured.values():
+        factor = factorize64(hessian, order, 0.01)
+        steps = weight.abs().amax(1, keepdim=True).double() / 4.3  # no target is half way between integers
+        found = integers_of(solve(weight[:64].double(), factor, steps[:64]), factor)
+        expected = gptq(weight[:64].double(), exact_hessian(factor), steps[:64], factor.order.flip(0))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("order", sorted(ORDERS))
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 100.0])
+def test_no_row_exceeds_the_bound(order: Order, spread: float) -> None:
+    factor = factorize64(random_hessian(90, seed=3), order, 0.01)
+    weight, steps = random_weight(200, 90, 1, spread), 0.1 + random_weight(200, 1, 2).abs()
+    solution = solve(weight, factor, steps)
+    error = output_error(weight, integers_of(solution, factor), steps, exact_hessian(factor))
+    bound = steps[:, 0].square() * factor.pivots.sum() / 4
+    assert torch.all(error <= bound * (1 + 1e-9))
+    torch.testing.assert_close(3 * mean_error(steps.T, factor), bound)
+    torch.testing.assert_close(squared_error(solution.residual, factor), error, rtol=1e-6, atol=1e-12)
+
+
+def test_the_bound_holds_on_captured_hessians(captured: dict[str, tuple[Tensor, Tensor]]) -> None:
+    for weight, hessian in captured.values():
+        factor = factorize64(hessian, "activation", 0.01)
+        steps = weight.abs().amax(1, keepdim=True).double() / 4.5
+        solution = solve(weight.double(), factor, steps)
+        error = output_error(weight.double(), integers_of(solution, factor), steps, exact_hessian(factor))
+        assert torch.all(error <= 3 * mean_error(steps.T, factor) * (1 + 1e-9))
+
+
+def test_the_bound_is_reached_half_way_between_planes() -> None:
+    factor = factorize64(torch.diag(torch.tensor([1.0, 4.0, 9.0])), "natural", 0.0)
+    weight, steps = torch.full((1, 3), 0.5, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    error = squared_error(solve(weight, factor, steps).residual, factor)
+    torch.testing.assert_close(error, 3 * mean_error(steps, factor))
+
+
+@settings(deadline=None, max_examples=15)
+@given(n=st.integers(1, 12), order=st.sampled_from(sorted(ORDERS)), seed=st.integers(0, 2**32))
+def test_mean_error_of_uniform_targets(n: int, order: Order, seed: int) -> None:
+    """Within 2%, more than five standard deviations of the mean of 150,000 squares of uniform numbers."""
+    factor = factorize64(random_hessian(n, seed), order, 0.0)
+    weight = random_weight(100_000, n, seed + 1, spread=1000.0)  # so wide that targets are uniform between integers
+    steps = 0.8 + 0.4 * torch.rand(100_000, 1, dtype=torch.float64)
+    measured = squared_error(solve(weight, factor, steps).residual, factor).sum()
+    assert abs(float(measured / mean_error(steps.T, factor).sum()) - 1) < 0.02
+
+
+def closest_point(weight: Tensor, hessian: Tensor, step: float, radius: float) -> float:
+    """Least error of any integer point, all within `radius` being tried; all three are of one row."""
+    reach = (radius * torch.linalg.inv(hessian).diagonal()).sqrt() + 1e-9
+    low, high = torch.ceil((weight - reach) / step), torch.floor((weight + reach) / step)
+    counts = (high - low + 1).clamp_min(0)
+    assume(counts.prod() <= 50_000)
+    axes = [torch.arange(a, b + 1, dtype=torch.float64) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+    points = torch.tensor(list(product(*(axis.tolist() for axis in axes))), dtype=torch.float64)
+    return float(output_error(weight, points, torch.tensor(step, dtype=torch.float64), hessian).min())
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 6), order=st.sampled_from(sorted(ORDERS)), seed=st.integers(0, 2**32), orthogonal=st.booleans())
+def test_small_lattices_against_exhaustive_search(n: int, order: Order, seed: int, orthogonal: bool) -> None:
+    hessian = random_hessian(n, seed, condition=10)
+    hessian = hessian.diagonal().diag() if orthogonal else hessian
+    factor = factorize64(hessian, order, 0.0)
+    weight, steps = random_weight(1, n, seed + 1, spread=3.0), torch.full((1, 1), 1.3, dtype=torch.float64)
+    found = float(squared_error(solve(weight, factor, steps).residual, factor))
+    closest = closest_point(weight[0], exact_hessian(factor), 1.3, found)
+    assert found >= closest * (1 - 1e-6)
+    if orthogonal:
+        assert found <= closest * (1 + 1e-6)
+
+
+def test_targets_are_what_was_rounded() -> None:
+    factor = factorize64(random_hessian(70, seed=1), "min-pivot", 0.01)
+    weight, steps = random_weight(30, 70, 2).T[factor.order].contiguous(), 0.1 + torch.rand(1, 30, dtype=torch.float64)
+    solution = nearest_plane(weight, factor.unit_upper, steps)
+    assert torch.equal(solution.integers, torch.round(solution.targets / steps))
+    torch.testing.assert_close(solution.residual, weight - steps * solution.integers)
+    carried = torch.triu(factor.unit_upper, 1) @ solution.residual
+    torch.testing.assert_close(solution.targets, weight + carried)
+
+
+def test_an_integer_beyond_int16_is_an_error() -> None:
+    factor = factorize64(torch.eye(4), "natural", 0.0)
+    with pytest.raises(QuantizationError, match="40000, more than 32767: the step is too small"):
+        nearest_plane(torch.full((4, 2), 4.0).double(), factor.unit_upper, torch.tensor([[1e-4]]))
+    with pytest.raises(QuantizationError):
+        nearest_plane(torch.full((4, 2), torch.nan).double(), factor.unit_upper, torch.tensor([[1e-4]]))
