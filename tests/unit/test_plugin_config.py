@@ -1,0 +1,115 @@
+"""`quantization_config` in vLLM: registration, which layers are quantized and how, errors that say what to do."""
+
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+from vllm.model_executor.models.utils import WeightsMapper
+
+import vllm_babai
+from vllm_babai.config import BabaiConfig
+from vllm_babai.format import CheckpointConfig, FormatError, LayerScheme
+from vllm_babai.linear import BabaiLinearMethod
+
+LAYER = "model.layers.0.self_attn"
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+@pytest.fixture(autouse=True)
+def vllm_config() -> Iterator[None]:
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+@pytest.fixture
+def linear() -> ReplicatedLinear:
+    return ReplicatedLinear(16, 16, bias=False)
+
+
+def config_of(**fields: object) -> BabaiConfig:
+    config = BabaiConfig.from_config(CheckpointConfig(**{"format": "ssqr", "bits": 4, **fields}).to_dict())
+    config.packed_modules_mapping = FUSED
+    return config
+
+
+def test_register_is_idempotent() -> None:
+    vllm_babai.register()
+    vllm_babai.register()
+    assert QUANTIZATION_METHODS.count("babai") == 1
+    assert get_quantization_config("babai") is BabaiConfig
+
+
+def test_config_is_picklable() -> None:
+    config = config_of(ignore=["lm_head"])
+    again = pickle.loads(pickle.dumps(config))
+    assert again.checkpoint == config.checkpoint
+    assert again.packed_modules_mapping == FUSED
+
+
+def test_model_that_is_not_quantized() -> None:
+    with pytest.raises(ValueError, match="babai quantize MODEL OUT --format ssqr --bits 4"):
+        get_quantization_config("babai")()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"), [("format_version", 9, "format_version is 9"), ("bits", 5, "bits of .* is 5")]
+)
+def test_unreadable_checkpoint(field: str, value: int, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        BabaiConfig.from_config({**CheckpointConfig("ssqr", 4).to_dict(), field: value})
+
+
+def test_unknown_format(linear: ReplicatedLinear) -> None:
+    with pytest.raises(FormatError, match=r"model.proj: checkpoint format 'gguf' is unknown"):
+        config_of(format="gguf").get_quant_method(linear, "model.proj")
+
+
+def test_scheme_of_a_layer(linear: ReplicatedLinear) -> None:
+    config = config_of(overrides={f"{LAYER}.o_proj": {"bits": 8}})
+    for name, bits in (("o_proj", 8), ("qkv_proj", 4)):
+        method = config.get_quant_method(linear, f"{LAYER}.{name}")
+        assert isinstance(method, BabaiLinearMethod)
+        assert method.scheme == LayerScheme(bits)
+
+
+def test_override_of_fused_linears(linear: ReplicatedLinear) -> None:
+    config = config_of(overrides={f"{LAYER}.{name}": {"bits": 3} for name in FUSED["qkv_proj"]})
+    assert config.get_quant_method(linear, f"{LAYER}.qkv_proj").scheme.bits == 3
+
+
+@pytest.mark.parametrize(
+    "fields", [{"overrides": {f"{LAYER}.k_proj": {"bits": 8}}}, {"ignore": [f"{LAYER}.k_proj"]}], ids=str
+)
+def test_fused_linears_must_share_a_scheme(linear: ReplicatedLinear, fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{LAYER}.qkv_proj: .*{LAYER}.q_proj: .*{LAYER}.k_proj: .*{LAYER}.v_proj: "):
+        config_of(**fields).get_quant_method(linear, f"{LAYER}.qkv_proj")
+
+
+def test_ignored_layers_stay_as_they_are(linear: ReplicatedLinear) -> None:
+    config = config_of(ignore=[f"{LAYER}.o_proj", *(f"{LAYER}.{name}" for name in FUSED["qkv_proj"])])
+    for name in ("o_proj", "qkv_proj"):
+        assert isinstance(config.get_quant_method(linear, f"{LAYER}.{name}"), UnquantizedLinearMethod)
+    assert isinstance(config.get_quant_method(linear, f"{LAYER}.o_proj.more"), BabaiLinearMethod)
+
+
+def test_embeddings_are_left_to_vllm() -> None:
+    assert config_of().get_quant_method(torch.nn.Embedding(4, 4), "lm_head") is None
+
+
+def test_mixture_of_experts_is_refused() -> None:
+    class RoutedExperts(torch.nn.Module):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"model.layers.3.mlp.experts: .* not supported yet"):
+        config_of().get_quant_method(RoutedExperts(), "model.layers.3.mlp.experts")
+
+
+def test_names_follow_the_model(linear: ReplicatedLinear) -> None:
+    config = config_of(ignore=["model.lm.o_proj"], overrides={"model.lm.up_proj": {"bits": 8}})
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    assert config.checkpoint.ignore == ["language_model.model.lm.o_proj"]
+    assert config.checkpoint.overrides == {"language_model.model.lm.up_proj": {"bits": 8}}

@@ -1,0 +1,271 @@
+"""Every class of linear layer in vLLM, as each rank of 1, 2 and 4, against the sliced dense weight; bad tensors."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor import parameter as vllm_parameter
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.linear import LinearBase
+
+from vllm_babai.config import BabaiConfig
+from vllm_babai.format import SSQR, CheckpointConfig, FormatError, LatticeWeight, integer_range
+
+HIDDEN, HEADS, KV_HEADS, HEAD_SIZE = 128, 8, 2, 16
+Q_ROWS, KV_ROWS = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
+QKV = {"q": Q_ROWS, "k": KV_ROWS, "v": KV_ROWS}
+Stored = list[tuple[object, SSQR]]  # shard id, or None for the whole layer, and what the checkpoint has
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer class, the linears that a checkpoint has for it, and the part of their weights that a rank holds.
+
+    sizes: rows of each stored linear, by shard id. expected(weights by shard id, rank, ranks).
+    """
+
+    make: Callable[..., LinearBase]
+    sizes: dict[object, int]
+    expected: Callable[[dict[object, Tensor], int, int], Tensor]
+    fused: dict[str, list[str]] = field(default_factory=dict)
+
+
+def rows(weight: Tensor, rank: int, ranks: int) -> Tensor:
+    return weight.chunk(ranks)[rank]
+
+
+def qkv(weights: dict[object, Tensor], rank: int, ranks: int) -> Tensor:
+    kv_ranks = min(ranks, KV_HEADS)  # then several ranks share a key and value head
+    kv = (rows(weights[s], rank * kv_ranks // ranks, kv_ranks) for s in "kv")
+    return torch.cat([rows(weights["q"], rank, ranks), *kv])
+
+
+def fused_qkv(weights: dict[object, Tensor], rank: int, ranks: int) -> Tensor:
+    return qkv(dict(zip("qkv", weights[None].split(list(QKV.values())), strict=True)), rank, ranks)
+
+
+def merged(weights: dict[object, Tensor], rank: int, ranks: int) -> Tensor:
+    return torch.cat([rows(weight, rank, ranks) for weight in weights.values()])
+
+
+def make_qkv(**options: object) -> LinearBase:
+    return vllm_linear.QKVParallelLinear(HIDDEN, HEAD_SIZE, HEADS, KV_HEADS, **options)
+
+
+def make_merged(**options: object) -> LinearBase:
+    return vllm_linear.MergedColumnParallelLinear(HIDDEN, [192, 192], **options)
+
+
+SPLIT = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+CASES = {
+    "qkv_proj": Case(make_qkv, QKV, qkv, SPLIT),
+    "gate_up_proj": Case(make_merged, {0: 192, 1: 192}, merged, SPLIT),
+    "qkv_proj fused on disk": Case(make_qkv, {None: Q_ROWS + 2 * KV_ROWS}, fused_qkv),
+    "gate_up_proj fused on disk": Case(
+        make_merged, {None: 384}, lambda w, r, n: torch.cat([rows(half, r, n) for half in w[None].chunk(2)])
+    ),
+    "column": Case(
+        lambda **o: vllm_linear.ColumnParallelLinear(HIDDEN, 192, **o), {None: 192}, lambda w, r, n: rows(w[None], r, n)
+    ),
+    "row": Case(
+        lambda **o: vllm_linear.RowParallelLinear(HIDDEN, 192, **o),
+        {None: 192},
+        lambda w, r, n: w[None].chunk(n, dim=1)[r],
+    ),
+    "replicated": Case(
+        lambda **o: vllm_linear.ReplicatedLinear(HIDDEN, 192, **o), {None: 192}, lambda w, r, n: w[None]
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def vllm_config() -> Iterator[None]:
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+@contextmanager
+def as_rank(rank: int, ranks: int) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in (vllm_parameter, vllm_linear):
+            for name, value in (("rank", rank), ("world_size", ranks)):
+                replacement = mock.Mock(return_value=value)
+                stack.enter_context(mock.patch.object(module, f"get_tensor_model_parallel_{name}", replacement))
+        yield
+
+
+def random_weight(out_features: int, bits: int = 4, group_size: int = -1) -> LatticeWeight:
+    low, high = integer_range(bits)
+    integers = torch.randint(low - 2, high + 3, (out_features, HIDDEN), dtype=torch.int16)
+    groups = 1 if group_size == -1 else HIDDEN // group_size
+    return LatticeWeight(integers, torch.rand(out_features, groups).add(0.5).bfloat16())
+
+
+def make_layer(name: str, rank: int = 0, ranks: int = 1, bits: int = 4, group_size: int = -1) -> LinearBase:
+    config = BabaiConfig(CheckpointConfig("ssqr", bits, group_size))
+    config.packed_modules_mapping = CASES[name].fused
+    prefix = f"model.{name.split()[0]}"
+    with as_rank(rank, ranks):
+        return CASES[name].make(bias=False, params_dtype=torch.float32, quant_config=config, prefix=prefix)
+
+
+def load(layer: LinearBase, stored: Stored) -> None:
+    """As vLLM's models and loader do; vLLM sets no limit on the order."""
+    for shard, linear in stored:
+        for name, tensor in reversed(linear.tensors().items()):
+            parameter = getattr(layer, name)
+            parameter.weight_loader(parameter, tensor, *(() if shard is None else (shard,)))
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+def held_weight(layer: LinearBase, in_features: int) -> Tensor:
+    return layer.quant_method.apply(layer, torch.eye(in_features)).t()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, -1), (3, -1), (3, 32), (4, -1), (4, 32), (8, -1)])
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_holds_its_part(name: str, bits: int, group_size: int, ranks: int) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    weights = {shard: random_weight(size, bits, group_size) for shard, size in case.sizes.items()}
+    stored = [(shard, SSQR.encode(weight, bits)) for shard, weight in weights.items()]
+    dense = {shard: weight.dequantize() for shard, weight in weights.items()}
+    for rank in range(ranks):
+        layer = make_layer(name, rank, ranks, bits, group_size)
+        load(layer, stored)
+        expected = case.expected(dense, rank, ranks)
+        assert torch.equal(held_weight(layer, expected.shape[1]), expected)
+
+
+def test_order_of_the_tensors_does_not_matter() -> None:
+    weights = {shard: random_weight(size) for shard, size in QKV.items()}
+    layer = make_layer("qkv_proj")
+    load(layer, [(shard, SSQR.encode(weights[shard], 4)) for shard in "vqk"])
+    expected = torch.cat([weights[shard].dequantize() for shard in "qkv"])
+    assert torch.equal(held_weight(layer, HIDDEN), expected)
+
+
+def test_bias_is_added() -> None:
+    layer = make_layer("column")
+    load(layer, [(None, SSQR.encode(random_weight(192), 4))])
+    x, bias = torch.randn(3, HIDDEN), torch.randn(192)
+    assert torch.equal(layer.quant_method.apply(layer, x, bias), layer.quant_method.apply(layer, x) + bias)
+
+
+def test_base_weight_is_found_where_lora_looks_for_it() -> None:
+    layer = make_layer("column")
+    load(layer, [(None, SSQR.encode(random_weight(192), 4))])
+    assert set(dict(layer.named_parameters())) == {"qweight", "scales", "overflow_entries", "overflow_offsets"}
+
+
+def damaged(stored: SSQR, name: str, damage: Callable[[Tensor], Tensor]) -> SSQR:
+    return SSQR(**{**stored.tensors(), name: damage(stored.tensors()[name].clone())})
+
+
+def flipped(tensor: Tensor) -> Tensor:
+    tensor.view(torch.uint8).view(-1)[tensor.nbytes // 2] ^= 1
+    return tensor
+
+
+def with_version(number: int) -> Callable[[Tensor], Tensor]:
+    def change(blob: Tensor) -> Tensor:
+        blob[4] = number
+        return blob
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["qweight", "scales", "overflow"])
+def test_missing_tensor(name: str) -> None:
+    layer = make_layer("qkv_proj")
+    stored = [(shard, SSQR.encode(random_weight(size), 4)) for shard, size in QKV.items()]
+    for shard, linear in stored:
+        for tensor_name, tensor in linear.tensors().items():
+            if (shard, tensor_name) != ("k", name):
+                parameter = getattr(layer, tensor_name)
+                parameter.weight_loader(parameter, tensor, shard)
+    with pytest.raises(FormatError, match=f"model.k_proj: the checkpoint lacks {name}"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize(("name", "linear"), [("row", "model.row"), ("qkv_proj fused on disk", "model.qkv_proj")])
+def test_nothing_loaded(name: str, linear: str) -> None:
+    with pytest.raises(FormatError, match=f"{linear}: the checkpoint lacks qweight"):
+        load(make_layer(name), [])
+
+
+def test_duplicate_tensor() -> None:
+    stored: Stored = [(shard, SSQR.encode(random_weight(192), 4)) for shard in (0, 1, 1)]
+    with pytest.raises(FormatError, match=r"model.up_proj: the checkpoint has qweight twice"):
+        load(make_layer("gate_up_proj"), stored)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("overflow", lambda t: t[:-1], "truncated"),
+        ("overflow", lambda t: t[:3], "truncated"),
+        ("overflow", flipped, "corrupt"),
+        ("overflow", with_version(9), "format version 9"),
+        ("qweight", lambda t: t[:-1], "qweight has shape"),
+        ("qweight", lambda t: t[:, :-1], "qweight has shape"),
+        ("qweight", lambda t: t.char(), "qweight has dtype torch.int8"),
+        ("scales", lambda t: t[1:], "scales has shape"),
+        ("scales", lambda t: t.expand(-1, 2), "scales has shape"),
+        ("scales", lambda t: t.float(), "scales has dtype torch.float32"),
+    ],
+)
+def test_damaged_tensor(name: str, damage: Callable[[Tensor], Tensor], message: str, ranks: int) -> None:
+    linears = [SSQR.encode(random_weight(192), 4) for _ in range(2)]
+    stored: Stored = [(0, linears[0]), (1, damaged(linears[1], name, damage))]
+    with pytest.raises(FormatError, match=f"model.up_proj: .*{message}"):
+        load(make_layer("gate_up_proj", ranks=ranks), stored)
+
+
+@pytest.mark.parametrize("case", ["gate_up_proj fused on disk", "row"])
+@pytest.mark.parametrize("name", ["qweight", "scales"])
+def test_corrupt_dense_part(name: str, case: str) -> None:
+    (size,) = CASES[case].sizes.values()
+    with pytest.raises(FormatError, match=f"model.{case.split()[0]}: qweight or scales are corrupt"):
+        load(make_layer(case), [(None, damaged(SSQR.encode(random_weight(size), 4), name, flipped))])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", ["column", "row", "replicated", "qkv_proj fused on disk"])
+def test_sizes_that_do_not_match(case: str, ranks: int) -> None:
+    (size,) = CASES[case].sizes.values()
+    with pytest.raises(
+        FormatError, match=f"the layer is {size} × {HIDDEN} with 4 bits, but overflow is of {size - 32}"
+    ):
+        load(make_layer(case, ranks=ranks), [(None, SSQR.encode(random_weight(size - 32), 4))])
+
+
+def test_bits_that_do_not_match() -> None:
+    with pytest.raises(FormatError, match=r"model.column: .*4 bits, but overflow is of 192 × 128 with 3 bits"):
+        load(make_layer("column"), [(None, SSQR.encode(random_weight(192, bits=3), 3))])
+
+
+def test_tensors_fused_in_part() -> None:
+    layer = make_layer("gate_up_proj fused on disk")
+    whole = SSQR.encode(random_weight(384), 4)
+    for name, tensor in whole.tensors().items():
+        parameter = getattr(layer, name)
+        for shard in (0, 1) if name == "scales" else (None,):
+            parameter.weight_loader(parameter, tensor if shard is None else tensor[:192].clone(), shard)
+    with pytest.raises(FormatError, match="some of qweight, scales, overflow are fused"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "multiple"), [(3, -1, 8), (4, 128, 128)])
+def test_columns_that_do_not_divide(bits: int, group_size: int, multiple: int) -> None:
+    with pytest.raises(ValueError, match=f"model.row: .* multiples of {multiple}"):
+        config = BabaiConfig(CheckpointConfig("ssqr", bits, group_size))
+        with as_rank(0, 2):
+            vllm_linear.RowParallelLinear(256 + 8, 64, bias=False, quant_config=config, prefix="model.row")

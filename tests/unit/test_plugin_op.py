@@ -1,0 +1,166 @@
+"""The op `babai::matmul` on the CPU: against float64, in every width, grouping and dtype, eagerly and compiled."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_babai import cpu, ops
+from vllm_babai.cpu_kernel import Bfloat16, has_bfloat16
+from vllm_babai.format import SSQR, LatticeWeight, decode_overflow, integer_range
+from vllm_babai.layout import DeviceLayout
+
+CPU = torch.device("cpu")
+BITS = (2, 3, 4, 8)
+
+
+def random_weight(
+    out_features: int, in_features: int, bits: int, group_size: int = -1, rate: float = 0.02
+) -> LatticeWeight:
+    """Integers that fill the dense range; a share `rate` of them overflows, some by much."""
+    low, high = integer_range(bits)
+    integers = torch.randint(low, high + 1, (out_features, in_features), dtype=torch.int16)
+    over = torch.rand(integers.shape) < rate
+    integers[over] = (integers[over] * torch.randint(2, 100, (int(over.sum()),))).short()
+    groups = 1 if group_size == -1 else in_features // group_size
+    scales = 10 ** torch.empty(out_features, groups).uniform_(-6, -1)
+    return LatticeWeight(integers, scales.bfloat16())
+
+
+def layout_of(weight: LatticeWeight, bits: int) -> DeviceLayout:
+    stored = SSQR.encode(weight, bits)
+    in_features = weight.integers.shape[1]
+    return ops.device_layout(stored.qweight, stored.scales, decode_overflow(stored.overflow), bits, in_features, CPU)
+
+
+def multiply(x: Tensor, weight: LatticeWeight, bits: int) -> Tensor:
+    return torch.ops.babai.matmul(x, *layout_of(weight, bits), bits, len(weight.integers))
+
+
+def assert_close_to_exact(y: Tensor, x: Tensor, weight: LatticeWeight) -> None:
+    """Error no larger than 1.5 times that of a matmul with the dequantized weight in the dtype of x."""
+    dense = weight.dequantize()
+    exact = x.double() @ dense.double().t()
+    peer = torch.nn.functional.linear(x, dense.to(x.dtype)).double()
+    assert y.dtype == x.dtype
+    assert (y.double() - exact).norm() <= 1.5 * (peer - exact).norm() + 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 17, 70])
+@pytest.mark.parametrize("group_size", [-1, 32])
+@pytest.mark.parametrize("bits", BITS)
+def test_matches_float64(bits: int, group_size: int, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    weight = random_weight(96, 128, bits, group_size)
+    x = torch.randn(tokens, 128, dtype=torch.bfloat16)
+    x[:, 5] *= 100  # activations have outlier channels
+    assert_close_to_exact(multiply(x, weight, bits), x, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", BITS)
+def test_activation_dtypes(bits: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = random_weight(64, 64, bits)
+    x = torch.randn(5, 64).to(dtype)
+    assert_close_to_exact(multiply(x, weight, bits), x, weight)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    out_features=st.integers(1, 140),
+    in_features=st.integers(1, 140),
+    bits=st.sampled_from(BITS),
+    rate=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    lead=st.sampled_from([(), (1,), (2, 3), (0,)]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_any_shape(
+    out_features: int, in_features: int, bits: int, rate: float, lead: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    weight = random_weight(out_features, in_features, bits, rate=rate)
+    x = torch.randn(*lead, in_features).to(dtype)
+    y = multiply(x, weight, bits)
+    assert y.shape == (*lead, out_features)
+    assert_close_to_exact(y, x, weight)
+
+
+@pytest.mark.parametrize("group_size", [-1, 32])
+@pytest.mark.parametrize("bits", BITS)
+def test_many_tokens_are_multiplied_with_the_dequantized_weight(bits: int, group_size: int) -> None:
+    torch.manual_seed(0)
+    weight = random_weight(700, 96, bits, group_size)
+    x = torch.randn(cpu.DEQUANTIZE_TOKENS, 96, dtype=torch.bfloat16)
+    expected = torch.nn.functional.linear(x, weight.dequantize(torch.bfloat16))
+    torch.testing.assert_close(multiply(x, weight, bits), expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_holds_the_lattice_point_exactly(bits: int) -> None:
+    weight = random_weight(70, 100, bits, rate=0.1)
+    assert torch.equal(multiply(torch.eye(100), weight, bits).t(), weight.dequantize())
+
+
+def test_activations_need_not_be_contiguous() -> None:
+    weight = random_weight(64, 64, 4)
+    x = torch.randn(64, 6, dtype=torch.bfloat16).t()
+    assert torch.equal(multiply(x, weight, 4), multiply(x.contiguous(), weight, 4))
+
+
+@pytest.mark.skipif(not has_bfloat16(), reason="needs AVX512-BF16")
+@pytest.mark.parametrize("bits", BITS)
+def test_both_arithmetics_agree(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight = random_weight(64, 128, bits, 32)
+    x = torch.randn(9, 128, dtype=torch.bfloat16)
+    with_pairs = multiply(x, weight, bits)
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
+    torch.testing.assert_close(multiply(x, weight, bits), with_pairs)
+    assert Bfloat16.activation_bytes == 2
+
+
+def test_default_dtype_does_not_matter() -> None:
+    weight = random_weight(64, 64, 4)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    expected = multiply(x, weight, 4)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(multiply(x, weight, 4), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_opcheck(bits: int) -> None:
+    weight = random_weight(64, 64, bits)
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.babai.matmul, (x, *layout_of(weight, bits), bits, 64))
+
+
+def test_under_torch_compile() -> None:
+    weight = random_weight(64, 64, 4)
+    layout = layout_of(weight, 4)
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.ops.babai.matmul(x * 2, *layout, 4, 64) + 1
+
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(x), forward(x))
+
+
+def test_too_many_columns_are_refused() -> None:
+    stored = SSQR.encode(random_weight(1, 16, 4), 4)
+    with pytest.raises(ValueError, match="65536 input features"):
+        ops.device_layout(stored.qweight, stored.scales, decode_overflow(stored.overflow), 4, 1 << 17, CPU)
+
+
+def test_odd_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 16"):
+        layout_of(random_weight(64, 72, 4, group_size=24), 4)
+
+
+def test_devices_without_kernels_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="not for xpu"):
+        ops.backend("xpu")

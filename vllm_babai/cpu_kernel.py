@@ -1,0 +1,344 @@
+"""Matrix kernels for the CPU, built as LLVM IR and compiled for the processor at hand; no C compiler is needed.
+
+The dense kernel works on a tile of 64 output rows, one row to a vector lane. A 32-bit word holds several weights of its
+row: field p of its low half is weight 2p, field p of its high half is weight 2p + 1. One pass over the words of a
+tile serves up to six tokens; products are summed in float32 and scaled once per group. Two kinds of arithmetic:
+
+- `Bfloat16` (processors with AVX512-BF16): a shift brings one field of both halves to the bottom, a table look-up turns
+  it into a pair of bfloat16 integers, and one instruction multiplies pairs and adds. Integers and products are exact.
+- `Float32` (any processor): shift, mask, convert, multiply and add.
+
+The overflow kernel sums the entries of one row, with tokens in the lanes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+
+TILE_ROWS = 64
+LANES = 16
+TOKEN_BLOCKS = (6, 4, 2, 1)  # tokens per call of a dense kernel: 6 × 4 sums fill the 32 vector registers best
+
+VECTORS = TILE_ROWS // LANES
+I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I16x32, I32x16, F32x16 = ir.VectorType(I16, 32), ir.VectorType(I32, 16), ir.VectorType(F32, 16)
+
+
+class BfloatType(ir.Type):
+    """bfloat, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BfloatType)
+
+    def __hash__(self) -> int:
+        return hash(BfloatType)
+
+
+BF16x32 = ir.VectorType(BfloatType(), 32)
+
+
+def weights_per_word(width: int) -> int:
+    """How many fields of `width` bits (2, 4 or 8) a word holds."""
+    return 32 // width
+
+
+class Field(NamedTuple):
+    """A step of the dense kernel: shift a word right, decode, multiply with the activation at `offset` bytes.
+
+    table: factors by what the field holds (only `Bfloat16` decodes by table).
+    """
+
+    shift: int
+    offset: int
+    table: tuple[int, ...] = ()
+
+
+class Bfloat16:
+    """Pairs of bfloat16 integers times pairs of bfloat16 activations, summed in float32."""
+
+    name = "bf16"
+    activation_bytes = 2
+
+    def fields(self, width: int) -> Iterator[Field]:
+        """An 8-bit field is taken as two of 4 bits, 16·high + low, because a table has 32 factors."""
+        if width == 8:
+            low, high = tuple(range(16)), tuple(16 * (h - 8) for h in range(16))
+            for p in range(2):
+                yield Field(8 * p, 4 * p, low)
+                yield Field(8 * p + 4, 4 * p, high)
+            return
+        half = 1 << (width - 1)
+        for p in range(16 // width):
+            yield Field(width * p, 4 * p, tuple(range(-half, half)))
+
+    def decode(self, builder: ir.IRBuilder, shifted: ir.Value, field: Field, width: int) -> ir.Value:
+        # The instruction looks at five bits of the index; repeating the table makes the surplus ones harmless.
+        factors = np.resize(np.array(field.table, np.float32), 32)
+        table = ir.Constant(I16x32, (factors.view(np.uint32) >> 16).tolist())
+        lookup = _declare(builder, "llvm.x86.avx512.permvar.hi.512", I16x32, [I16x32, I16x32])
+        return builder.bitcast(builder.call(lookup, [table, builder.bitcast(shifted, I16x32)]), BF16x32)
+
+    def activation(self, builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+        return builder.bitcast(_splat(builder, _load(builder, address, I32), I32x16), BF16x32)
+
+    def multiply_add(self, builder: ir.IRBuilder, factor: ir.Value, x: ir.Value, total: ir.Value) -> ir.Value:
+        dot = _declare(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32x16, [F32x16, BF16x32, BF16x32])
+        return builder.call(dot, [total, factor, x])
+
+
+class Float32:
+    """Integers converted to float32 times float32 activations."""
+
+    name = "fp32"
+    activation_bytes = 4
+
+    def fields(self, width: int) -> Iterator[Field]:
+        for p in range(16 // width):
+            for half in range(2):
+                yield Field(16 * half + width * p, 4 * (2 * p + half))
+
+    def decode(self, builder: ir.IRBuilder, shifted: ir.Value, field: Field, width: int) -> ir.Value:
+        unsigned = builder.and_(shifted, _constant(I32x16, (1 << width) - 1))
+        return builder.sitofp(builder.sub(unsigned, _constant(I32x16, 1 << (width - 1))), F32x16)
+
+    def activation(self, builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+        return _splat(builder, _load(builder, address, F32), F32x16)
+
+    def multiply_add(self, builder: ir.IRBuilder, factor: ir.Value, x: ir.Value, total: ir.Value) -> ir.Value:
+        return _fma(builder, factor, x, total)
+
+
+Arithmetic = Bfloat16 | Float32
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether this processor runs the `Bfloat16` kernels."""
+    features = llvm.get_host_cpu_features()
+    return bool(features.get("avx512bf16")) and bool(features.get("avx512bw"))
+
+
+@cache
+def dense_kernels(arithmetic: type[Arithmetic], width: int) -> tuple[int, ...]:
+    """Addresses of the dense kernels for fields of `width` bits, one for each of TOKEN_BLOCKS."""
+    return tuple(_compile(_dense_module(arithmetic(), width, tokens)) for tokens in TOKEN_BLOCKS)
+
+
+@cache
+def overflow_kernel(lanes: int) -> int:
+    """Address of the overflow kernel for `lanes` tokens, 1 or LANES."""
+    return _compile(_overflow_module(lanes))
+
+
+@cache
+def dequantize_kernel(width: int) -> int:
+    """Address of the kernel that dequantizes a tile with fields of `width` bits."""
+    return _compile(_dequantize_module(width))
+
+
+def _dense_module(arithmetic: Arithmetic, width: int, tokens: int) -> ir.Module:
+    """dense(x, words, scales, y, x_stride, scale_stride, y_stride, groups, words_per_group), strides in bytes.
+
+    y[token, row] += Σ over groups of scale[group, row] · Σ x[token, k] · integer[row, k], for the rows of a tile.
+    """
+    builder, arguments = _function(f"dense_{arithmetic.name}_{width}_{tokens}", 9)
+    x, words, scales, y, x_stride, scale_stride, y_stride, groups, words_per_group = arguments
+    x_bytes_per_word = weights_per_word(width) * arithmetic.activation_bytes
+    x_rows = [builder.add(x, builder.mul(x_stride, I64(m))) for m in range(tokens)]
+    y_rows = [builder.add(y, builder.mul(y_stride, I64(m))) for m in range(tokens)]
+    sums_of_tile = [(m, i) for m in range(tokens) for i in range(VECTORS)]
+
+    def one_group(group: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
+        first_word = builder.mul(group, words_per_group)
+
+        def one_word(k: ir.Value, totals: Sequence[ir.Value]) -> list[ir.Value]:
+            word = builder.add(first_word, k)
+            word_at = builder.add(words, builder.mul(word, I64(4 * TILE_ROWS)))
+            x_offset = builder.mul(word, I64(x_bytes_per_word))
+            packed = [_load(builder, _offset(builder, word_at, 4 * LANES * i), I32x16) for i in range(VECTORS)]
+            sums = dict(zip(sums_of_tile, totals, strict=True))
+            for field in arithmetic.fields(width):
+                shifted = [builder.lshr(w, _constant(I32x16, field.shift)) for w in packed]
+                factors = [arithmetic.decode(builder, w, field, width) for w in shifted]
+                for m, x_row in enumerate(x_rows):
+                    address = _offset(builder, builder.add(x_row, x_offset), field.offset)
+                    activation = arithmetic.activation(builder, address)
+                    for i, factor in enumerate(factors):
+                        sums[m, i] = arithmetic.multiply_add(builder, factor, activation, sums[m, i])
+            return list(sums.values())
+
+        totals = _loop(builder, words_per_group, [_constant(F32x16, 0.0)] * len(sums_of_tile), one_word)
+        scale_at = builder.add(scales, builder.mul(group, scale_stride))
+        scale = [_load(builder, _offset(builder, scale_at, 4 * LANES * i), F32x16) for i in range(VECTORS)]
+        for (m, i), total in zip(sums_of_tile, totals, strict=True):
+            address = _offset(builder, y_rows[m], 4 * LANES * i)
+            _store(builder, _fma(builder, total, scale[i], _load(builder, address, F32x16)), address)
+        return []
+
+    _loop(builder, groups, [], one_group)
+    builder.ret_void()
+    return builder.module
+
+
+def _overflow_module(lanes: int) -> ir.Module:
+    """overflow(x, entries, offsets, rows, scales, scale_stride, group_shift, out), strides in bytes.
+
+    out[row, lane] = Σ over entries of the row of scale[column >> group_shift, row] · excess · x[column, lane].
+    x: float32 [columns, lanes]. entries: int32, column in the upper half and excess in the lower. offsets: int32.
+    """
+    builder, arguments = _function(f"overflow_{lanes}", 8)
+    x, entries, offsets, rows, scales, scale_stride, group_shift, out = arguments
+    vector = ir.VectorType(F32, lanes)
+
+    def one_row(row: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
+        row_bytes = builder.mul(row, I64(4))
+        offset_at, scale_at = builder.add(offsets, row_bytes), builder.add(scales, row_bytes)
+        first = builder.sext(_load(builder, offset_at, I32), I64)
+        last = builder.sext(_load(builder, _offset(builder, offset_at, 4), I32), I64)
+
+        def one_entry(k: ir.Value, totals: Sequence[ir.Value]) -> list[ir.Value]:
+            entry_at = builder.add(entries, builder.mul(builder.add(first, k), I64(4)))
+            entry = _load(builder, entry_at, I32)
+            column = builder.zext(builder.lshr(entry, I32(16)), I64)
+            excess = builder.sitofp(builder.ashr(builder.shl(entry, I32(16)), I32(16)), F32)
+            group = builder.lshr(column, group_shift)
+            scale = _load(builder, builder.add(scale_at, builder.mul(group, scale_stride)), F32)
+            activation = _load(builder, builder.add(x, builder.mul(column, I64(4 * lanes))), vector)
+            factor = _splat(builder, builder.fmul(excess, scale), vector)
+            return [_fma(builder, factor, activation, totals[0])]
+
+        (total,) = _loop(builder, builder.sub(last, first), [_constant(vector, 0.0)], one_entry)
+        _store(builder, total, builder.add(out, builder.mul(row, I64(4 * lanes))))
+        return []
+
+    _loop(builder, rows, [], one_row)
+    builder.ret_void()
+    return builder.module
+
+
+def _dequantize_module(width: int) -> ir.Module:
+    """dequantize(words, scales, weight, scale_stride, weight_stride, groups, words_per_group), strides in bytes.
+
+    weight[k, row] = scale[group, row] · integer[row, k], float32, for the rows of a tile.
+    """
+    builder, arguments = _function(f"dequantize_{width}", 7)
+    words, scales, weight, scale_stride, weight_stride, groups, words_per_group = arguments
+    arithmetic = Float32()
+
+    def one_group(group: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
+        scale_at = builder.add(scales, builder.mul(group, scale_stride))
+        scale = [_load(builder, _offset(builder, scale_at, 4 * LANES * i), F32x16) for i in range(VECTORS)]
+
+        def one_word(k: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
+            word = builder.add(builder.mul(group, words_per_group), k)
+            word_at = builder.add(words, builder.mul(word, I64(4 * TILE_ROWS)))
+            weight_at = builder.add(weight, builder.mul(word, builder.mul(weight_stride, I64(weights_per_word(width)))))
+            for i in range(VECTORS):
+                packed = _load(builder, _offset(builder, word_at, 4 * LANES * i), I32x16)
+                for k_in_word, field in enumerate(arithmetic.fields(width)):
+                    shifted = builder.lshr(packed, _constant(I32x16, field.shift))
+                    value = builder.fmul(arithmetic.decode(builder, shifted, field, width), scale[i])
+                    row_at = builder.add(weight_at, builder.mul(weight_stride, I64(k_in_word)))
+                    _store(builder, value, _offset(builder, row_at, 4 * LANES * i))
+            return []
+
+        _loop(builder, words_per_group, [], one_word)
+        return []
+
+    _loop(builder, groups, [], one_group)
+    builder.ret_void()
+    return builder.module
+
+
+def _function(name: str, arguments: int) -> tuple[ir.IRBuilder, Sequence[ir.Value]]:
+    """A function of integer arguments (addresses are integers too), and a builder at its start."""
+    function = ir.Function(ir.Module(name), ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
+    # Processors that would rather use 256-bit vectors must not split those of `Bfloat16`. llvmlite's `add` knows no
+    # attributes that are strings.
+    set.add(function.attributes, '"min-legal-vector-width"="512" "prefer-vector-width"="512"')
+    return ir.IRBuilder(function.append_basic_block()), function.args
+
+
+def _loop(
+    builder: ir.IRBuilder,
+    count: ir.Value,
+    initial: Sequence[ir.Value],
+    body: Callable[[ir.Value, Sequence[ir.Value]], list[ir.Value]],
+) -> list[ir.Value]:
+    """Run body(index, carried) → carried `count` times; returns what the last round carried."""
+    before, head, inside, end = builder.block, *(builder.append_basic_block() for _ in range(3))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(I64)
+    carried = [builder.phi(value.type) for value in initial]
+    builder.cbranch(builder.icmp_unsigned("<", index, count), inside, end)
+    builder.position_at_end(inside)
+    results = body(index, carried)
+    following = builder.add(index, I64(1))
+    for phi, first, again in zip([index, *carried], [I64(0), *initial], [following, *results], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(again, builder.block)
+    builder.branch(head)
+    builder.position_at_end(end)
+    return carried
+
+
+def _declare(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
+    known = builder.module.globals.get(name)
+    return known or ir.Function(builder.module, ir.FunctionType(result, arguments), name=name)
+
+
+def _constant(vector: ir.VectorType, value: float) -> ir.Constant:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def _offset(builder: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
+    return builder.add(address, I64(offset))
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=2)
+
+
+def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value, vector: ir.VectorType) -> ir.Value:
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
+    zeros = ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+
+
+def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    fma = _declare(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a.type] * 3)
+    return builder.call(fma, [a, b, c])
+
+
+@cache
+def _compiler() -> tuple[llvm.TargetMachine, llvm.ExecutionEngine]:
+    """The one compiler of this process; what it compiled lives as long as it does."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+    )
+    return machine, llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+
+
+def _compile(module: ir.Module) -> int:
+    """Address of the one function of a module."""
+    machine, engine = _compiler()
+    compiled = llvm.parse_assembly(str(module))
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(compiled, passes)
+    engine.add_module(compiled)
+    engine.finalize_object()
+    return engine.get_function_address(module.name)

@@ -1,0 +1,83 @@
+"""Linear layers in vLLM whose weight is a lattice point: stored tensors → device layout → the op `babai::matmul`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+
+from vllm_babai import ops
+from vllm_babai.format import FormatError, LayerScheme
+from vllm_babai.parameter import StoredParameter
+from vllm_babai.reader import READERS, read_layer
+
+LAYOUT_NAMES = ("qweight", "scales", "overflow_entries", "overflow_offsets")
+
+
+@register_weight_loader_v2_supported_method
+class BabaiLinearMethod(LinearMethodBase):
+    """One linear layer of vLLM, in any of its kinds (replicated, column, row, merged, QKV) and on any rank.
+
+    format_name: format of the checkpoint. scheme: how the linears fused in this layer are stored.
+    prefix: name of the layer in vLLM. names: names of those linears in the checkpoint, in the order of their rows.
+    """
+
+    def __init__(self, format_name: str, scheme: LayerScheme, prefix: str, names: list[str]) -> None:
+        if format_name not in READERS:
+            raise FormatError(f"{prefix}: checkpoint format {format_name!r} is unknown; known are {sorted(READERS)}")
+        self.reader = READERS[format_name]
+        self.scheme, self.prefix, self.names = scheme, prefix, names
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        *,
+        weight_loader: Callable,
+        **_: Any,
+    ) -> None:
+        """Register a parameter per stored tensor. Raises ValueError when the layer cannot be cut for this rank."""
+        multiple = self.reader.column_multiple(self.scheme)
+        if input_size_per_partition != input_size and input_size_per_partition % multiple:
+            raise ValueError(
+                f"{self.prefix}: {input_size} input features do not divide among ranks into multiples of {multiple}, "
+                f"which {self.scheme} needs; choose a smaller tensor-parallel size"
+            )
+        self.in_features, self.out_features = input_size_per_partition, sum(output_partition_sizes)
+        self.params_dtype = params_dtype
+        if len(self.names) == len(output_partition_sizes):
+            self.sizes = dict(zip(self.names, output_partition_sizes, strict=True))
+        else:  # fused on disk
+            self.sizes = {self.prefix: self.out_features}
+        loader = weight_loader if hasattr(layer, "weight_loader_v2") else None
+        for name, dtype in self.reader.tensors.items():
+            parameter = StoredParameter(
+                dtype=dtype, rows=self.out_features, columns=self.in_features, weight_loader=loader
+            )
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace the stored tensors by the device layout. Raises FormatError that names the linear at fault."""
+        stored = {name: getattr(layer, name) for name in self.reader.tensors}
+        device = next(iter(stored.values())).device
+        parts = {name: parameter.parts for name, parameter in stored.items()}
+        weight = read_layer(self.reader, parts, self.sizes, self.scheme)
+        self.bits = weight.bits
+        layout = ops.device_layout(weight.qweight, weight.scales, weight.overflow, self.bits, self.in_features, device)
+        for name in self.reader.tensors:
+            delattr(layer, name)
+        for name, tensor in zip(LAYOUT_NAMES, layout, strict=True):
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        ops.warm_up(layout, self.bits, self.in_features, self.out_features, self.params_dtype)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in_features] → x Wᵀ + bias, [..., out_features], in the dtype of x."""
+        tensors = (getattr(layer, name) for name in LAYOUT_NAMES)
+        y = torch.ops.babai.matmul(x, *tensors, self.bits, self.out_features)
+        return y if bias is None else y + bias
