@@ -46,7 +46,7 @@ def quantize(calibration: Path) -> None:
     """Quantize the bundled model to 4 bits."""
     babai(
         *("quantize", str(MODEL), str(QUANTIZED), "--format", "ssqr", "--bits", "4", "--overwrite"),
-        *("--calibration", str(calibration), "--samples", "128", "--sequence-length", "512"),
+        *("--calibration", str(calibration), "--samples", "64", "--sequence-length", "512"),
     )
 
 
@@ -68,26 +68,28 @@ def talk(base_url: str) -> None:
     console.rule()
 
 
-def checkpoint_megabytes(folder: Path) -> float:
-    """Size of a model's weight files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
-
-
 def print_table(evaluation: Path) -> None:
     """Measure both models and print how they compare."""
-    original = babai_json("eval", str(MODEL), "--data", str(evaluation), "--window", "512")
-    quantized = babai_json("eval", str(QUANTIZED), "--data", str(evaluation), "--window", "512")
-    bits = babai_json("inspect", str(QUANTIZED))["bits_per_weight"]
-
-    table = Table("model", "format", "bits per weight", "checkpoint", "perplexity", title="what it cost")
-    table.add_row("original", "bf16", "16", f"{checkpoint_megabytes(MODEL):.2f} MB", f"{original['perplexity']:.3f}")
-    table.add_row(
-        *("quantized", "babai SSQR, 4 bits", f"{bits:.3f}"),
-        *(f"{checkpoint_megabytes(QUANTIZED):.2f} MB", f"{quantized['perplexity']:.3f}"),
+    measured = babai_json(
+        *("eval", str(QUANTIZED), "--against", str(MODEL)),
+        *("--data", str(evaluation), "--window", "512", "--samples", "160"),
     )
+    stored = babai_json("inspect", str(QUANTIZED))
+
+    table = Table("model", "format", "bits per weight", "checkpoint", "perplexity")
+    original_bytes = sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
+    original_perplexity = measured["comparison"]["original_perplexity"]
+    table.add_row("original", "bf16", "16", megabytes(original_bytes), f"{original_perplexity:.3f}")
+    bits, size = f"{stored['bits_per_weight']:.3f}", megabytes(stored["checkpoint_bytes"])
+    table.add_row("quantized", "babai SSQR, 4 bits", bits, size, f"{measured['perplexity']:.3f}")
     console.print(table)
-    console.print("Bits per weight are of the quantized layers, everything they need on disk counted.")
+    console.print("Bits per weight: all that the quantized layers take on disk. Embeddings and norms stay in bf16.")
     console.print(f"To serve it yourself: .venv/bin/vllm serve {QUANTIZED} --quantization babai")
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes, to be read."""
+    return f"{size / 1e6:.2f} MB"
 
 
 def main() -> None:

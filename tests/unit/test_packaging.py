@@ -58,7 +58,7 @@ def test_entry_points(wheel: zipfile.ZipFile):
     entry_points = configparser.ConfigParser()
     entry_points.read_string(wheel.read(name).decode())
     assert dict(entry_points["vllm.general_plugins"]) == {"babai": "vllm_babai:register"}
-    assert dict(entry_points["console_scripts"]) == {"babai": "vllm_babai.offline.cli:app"}
+    assert dict(entry_points["console_scripts"]) == {"babai": "vllm_babai.offline.cli:main"}
 
 
 def test_repository_root_does_not_offer_a_top_level_triton_kernels():
