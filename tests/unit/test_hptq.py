@@ -99,6 +99,12 @@ def test_uniform_and_skewed_integers_cost_their_entropy() -> None:
     assert bits_per_weight(z.short()) < entropy(z) + 0.02
 
 
+def test_outliers_do_not_disturb_the_others() -> None:
+    z = gaussian(512, 512, sigma=1.5)
+    z[7, ::50] = 20000
+    assert bits_per_weight(z) < entropy(z) + 0.02
+
+
 def test_rows_and_columns_of_different_spread_are_coded_at_their_own() -> None:
     rows, columns = torch.linspace(-1.5, 1.5, 768).exp2(), torch.linspace(-1, 1, 512).exp2()[torch.randperm(512)]
     z = torch.round(2 * torch.randn(768, 512) * rows[:, None] * columns).short()

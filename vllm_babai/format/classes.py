@@ -30,9 +30,9 @@ def one_class(rows: int, columns: int) -> Classes:
     return Classes(np.zeros(rows, np.int32), np.zeros(columns, np.int32))
 
 
-def spread(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """log₂ of the root mean square of rows, float64 [rows], and of columns relative to it, [columns]."""
-    square = np.square(integers, dtype=np.float32)
+def spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [rows, columns] → log₂ of the root mean square of rows, float64, and of columns relative to it."""
+    square = np.square(values)
     rows, columns = square.shape
     floor = 0.25 / max(square.shape)
     row = np.ones(rows, np.float32)

@@ -14,6 +14,7 @@ from vllm_babai.format.tables import CENTRE, ESCAPE
 
 CLASS_STEPS = (0.25, 0.125)  # octaves between neighbouring classes
 COARSE = 5.0  # root mean square from which low bits are stored as they are
+SAMPLE = 1 << 16  # integers that tell the centre and the reach of all
 HISTOGRAM_WEIGHTS = 1 << 20  # per piece of work for a thread
 
 _TABLE_HEADER = struct.Struct("<2B")  # first symbol, number of symbols
@@ -40,12 +41,21 @@ def fit_model(integers: np.ndarray) -> tuple[Model, float]:
     """The model for int16 [rows, columns] that takes the fewest bits, and those bits: its own and the symbols'."""
     if not integers.size:
         return _fit_tables(integers, 0, 0, one_class(*integers.shape))
-    offset = round(float(integers.mean()))
-    row_spread, column_spread = spread(integers - np.int16(offset) if offset else integers)
+    offset, reach = _centre_and_reach(integers)
+    centred = np.clip(integers, max(offset - reach, -(2**15)), min(offset + reach, 2**15 - 1)).astype(np.float32)
+    row_spread, column_spread = spread(centred - np.float32(offset))
     rms = math.sqrt(np.exp2(2 * row_spread).mean() * np.exp2(2 * column_spread).mean())
     shift = min(max(math.floor(math.log2(rms / COARSE)), 0), tables.MAX_SHIFT)
     choices = [one_class(*integers.shape), *(fit_classes(row_spread, column_spread, step) for step in CLASS_STEPS)]
     return min((_fit_tables(integers, offset, shift, classes) for classes in choices), key=lambda fitted: fitted[1])
+
+
+def _centre_and_reach(integers: np.ndarray) -> tuple[int, int]:
+    """The median, and a distance from it beyond which integers are outliers that say nothing about the others."""
+    every = integers.size // SAMPLE | 1  # odd, lest it meet the same columns in every row
+    sample = integers.reshape(-1)[::every].astype(np.int32)
+    offset = int(np.median(sample))
+    return offset, max(8, 4 * int(np.quantile(np.abs(sample - offset), 0.99)))
 
 
 def _fit_tables(integers: np.ndarray, offset: int, shift: int, classes: Classes) -> tuple[Model, float]:
