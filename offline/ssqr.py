@@ -15,31 +15,30 @@ from vllm_babai.offline.nearest_plane import Solution, expected_targets, nearest
 MAX_PASSES = 3
 RATE_TOLERANCE = 0.1
 
-PROBES = 128
-
 
 def search_overflow(weight: Tensor, factor: Factor, groups: int, bits: int, overflow: float, seed: int) -> Solution:
     """Solve with scales whose overflow rate is `overflow`; weight: [n, out] in the factor's order.
 
-    Scales are chosen on a draw of the targets that nearest plane is expected to meet. Choosing favours rows that were
-    lucky in the draw, so a second draw tells how much more than asked for overflows, and each pass tells it exactly.
+    How the scales of rows compare is chosen on draws of the targets that nearest plane is expected to meet. These
+    scales suit the draw that chose them too well, so one factor for all of them is found on a draw of its own, then on
+    the targets of each pass.
     """
     cells = _cells(factor.order, groups)
     pivots = factor.pivots.to(weight.dtype)
     scales = overflow_scales(weight, cells, pivots, bits, overflow)
+    both = torch.cat((cells, cells + len(weight)), 1)
     for attempt in range(2):
-        targets, unseen = expected_targets(weight, _steps(scales, cells), factor, seed + attempt)
-        scales = overflow_scales(targets, cells, pivots, bits, overflow)
-    asked = overflow * _ratio(overflow, overflow_rate(unseen / _steps(scales, cells), bits))
+        targets = torch.cat(expected_targets(weight, _steps(scales, cells), factor, seed + attempt))
+        scales = overflow_scales(targets, both, pivots.repeat(2), bits, overflow)
+    targets, _ = expected_targets(weight, _steps(scales, cells), factor, seed + 2)
     passes, missed = 0, True
     while missed and passes < MAX_PASSES:
-        scales = overflow_scales(targets, cells, pivots, bits, asked)
-        solution = nearest_plane(weight, factor.unit_upper, _steps(scales, cells))
-        reached = overflow_rate(solution.integers, bits)
-        missed = abs(reached - overflow) > RATE_TOLERANCE * overflow
-        asked *= _ratio(overflow, reached)
+        scales = (scales * _stretch(weight, targets, _steps(scales, cells), bits, overflow)).to(torch.bfloat16)
+        plane = nearest_plane(weight, factor.unit_upper, _steps(scales, cells))
+        targets = plane.targets
+        missed = abs(overflow_rate(plane.integers, bits) - overflow) > RATE_TOLERANCE * overflow
         passes += 1
-    return Solution(scales, _steps(scales, cells), solution, passes)
+    return Solution(scales, _steps(scales, cells), plane, passes)
 
 
 def overflow_scales(targets: Tensor, cells: Tensor, pivots: Tensor, bits: int, rate: float) -> Tensor:
@@ -72,9 +71,19 @@ def _price_of_entry(cost: Tensor, count: Tensor, budget: float) -> float:
     return unit * 2.0**high
 
 
-def _ratio(wanted: float, reached: float) -> float:
-    """Factor to correct a rate by, kept from running away where almost nothing overflows."""
-    return min(max(wanted / reached, 0.5), 2.0) if reached > 0 else 1.0
+def _stretch(weight: Tensor, targets: Tensor, steps: Tensor, bits: int, rate: float) -> float:
+    """Factor for all steps at which a share `rate` overflows, as what is carried grows in proportion to them.
+
+    A target w + c overflows the range low … high of steps m·s unless m is at least w / ((high + ½)s − c) or
+    −w / (c − (low − ½)s), whatever m is when c alone does.
+    """
+    low, high = integer_range(bits)
+    carried = targets - weight
+    above, below = (high + 0.5) * steps - carried, carried - (low - 0.5) * steps
+    least = torch.where(weight > 0, weight / above, -weight / below)
+    least = least.masked_fill_((above <= 0) | (below <= 0), torch.inf).flatten()
+    fitting = max(1, len(least) - round(rate * len(least)))
+    return min(max(float(least.kthvalue(fitting).values), 0.5), 2.0)
 
 
 def _cells(order: Tensor, groups: int) -> Tensor:
