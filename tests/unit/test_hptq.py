@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from vllm_babai.format import FORMATS, HPTQ, FormatError, LatticeWeight, predicted_bytes
+from vllm_babai.format import FORMATS, HPTQ, FormatError, LatticeWeight, predicted_bytes, snap_scales
 from vllm_babai.format.hptq import decode_integers, read_blob
 
 ONE_SCALE = torch.ones(1, 1, dtype=torch.bfloat16)
@@ -70,6 +70,23 @@ def test_scales_are_kept() -> None:
     scales = torch.rand(64, 2).bfloat16()
     weight = HPTQ.encode(LatticeWeight(gaussian(64, 96, 1.0), scales)).decode()
     assert torch.equal(weight.scales, scales)
+
+
+def test_snapped_column_scales_take_a_few_bits() -> None:
+    scales = snap_scales(torch.exp2(0.4 * torch.randn(1, 256)))
+    weight = LatticeWeight(gaussian(128, 256, 1.0), scales)
+    blob = HPTQ.encode(weight)
+    assert blob.scales.shape == (1, 1)
+    assert torch.equal(blob.decode().scales, scales)
+    one_scale = HPTQ.encode(LatticeWeight(weight.integers, ONE_SCALE))
+    assert len(blob.codes) - len(one_scale.codes) < 256 * 4 / 8 + 16
+
+
+def test_snapping_keeps_scales_within_a_sixteenth_of_an_octave() -> None:
+    scales = torch.exp2(3 * torch.randn(1, 500))
+    assert (snap_scales(scales).float() / scales).log2().abs().max() < 1 / 16 + 1 / 128
+    with pytest.raises(ValueError, match="positive"):
+        snap_scales(-scales)
 
 
 def test_cost_of_a_large_gaussian() -> None:

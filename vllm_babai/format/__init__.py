@@ -7,6 +7,7 @@ from vllm_babai.format.lattice import LatticeWeight, integer_range
 from vllm_babai.format.overflow import Overflow, decode_overflow, read_header
 from vllm_babai.format.packing import BIT_WIDTHS, pack, packed_bytes, unpack
 from vllm_babai.format.ssqr import SSQR
+from vllm_babai.format.steps import snap_scales
 
 FORMATS = {"ssqr": SSQR, "hptq": HPTQ}
 
@@ -26,5 +27,6 @@ __all__ = [
     "packed_bytes",
     "predicted_bytes",
     "read_header",
+    "snap_scales",
     "unpack",
 ]

@@ -1,9 +1,15 @@
 """HPTQ: integers of any size, entropy coded; one self-describing blob per linear.
 
-Layout (little endian): header; the model (`format.model`: tables, classes), padded to 4 bytes; for every tile the end
-of its stream in words, uint32; then the streams (`format.rans`), uint16. Tiles follow each other row by row, each a
-stream of its own, so that thousands of threads can decode and a rank that holds some rows or columns decodes its tiles
-alone. 4096 weights or more share a rANS state, which costs 24 bits: 0.006 bit per weight.
+Layout (little endian): header; the model (`format.model`: tables, classes); if the header says `steps`, the exponents
+of the column scales (`format.steps`); padding to 4 bytes; for every tile the end of its stream in words, uint32; then
+the streams (`format.rans`), uint16. Tiles follow each other row by row, each a stream of its own, so that thousands of
+threads can decode and a rank that holds some rows or columns decodes its tiles alone. A rANS state costs 24 bits and
+serves at least 4096 weights: 0.006 bit per weight.
+
+Why rANS and not Huffman: on the linears of the reference model, integers of 2.000 and 3.002 bits of entropy take 1.949
+and 2.930 bits here, everything counted; a Huffman code for each context with the same classes 2.066 and 2.983, one
+Huffman code per matrix without its table 2.077 and 3.064, one for pairs of integers 2.025 and 3.017. The same loop with
+Huffman in place of rANS decoded 260 million weights per second and core, rANS 330 (`tests/benchmarks/codec.py`).
 """
 
 import struct
@@ -18,11 +24,12 @@ from vllm_babai.format.errors import FormatError
 from vllm_babai.format.lattice import LatticeWeight
 from vllm_babai.format.model import Model, fit_model, pack_model, unpack_model
 from vllm_babai.format.parallel import parallel_map
+from vllm_babai.format.steps import column_scales, pack_exponents, scale_exponents, unpack_exponents
 from vllm_babai.format.tables import MAX_SHIFT, decoder_table, encoder_table
 
 MAGIC = b"BBHQ"
 VERSION = 1
-HEADER = struct.Struct("<4s4B2I2Hh2I")  # magic; version, shift, lanes, contexts; matrix; tile; offset; CRCs
+HEADER = struct.Struct("<4s5B2I2Hh2I")  # magic; version, shift, lanes, contexts, steps; matrix; tile; offset; CRCs
 TILE_COLUMNS = 1024
 TILE_WEIGHTS = 1 << 17
 TILE_ROWS = 1 << 15  # at most
@@ -60,10 +67,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Coded:
-    """A blob taken apart. ends: int64 [tiles], where each stream ends in `words`, uint16 [words] with room behind."""
+    """A blob taken apart.
+
+    exponents: int32 [columns] of the column scales, see `format.steps`, or None. ends: int64 [tiles], where each stream
+    ends in `words`, uint16 [words] with room behind.
+    """
 
     shape: Shape
     model: Model
+    exponents: np.ndarray | None
     scales_crc: int
     ends: np.ndarray
     words: np.ndarray
@@ -73,7 +85,8 @@ class Coded:
 class HPTQ:
     """One linear layer as it lies on disk.
 
-    codes: uint8 [bytes], the blob. scales: bfloat16 [1 or out_features, groups].
+    codes: uint8 [bytes], the blob. scales: bfloat16 [1 or out_features, groups]; or the largest alone, [1, 1], of
+    column scales that the blob names by their exponents.
     """
 
     codes: Tensor
@@ -81,16 +94,18 @@ class HPTQ:
 
     @classmethod
     def encode(cls, weight: LatticeWeight) -> "HPTQ":
-        """Store a lattice point; exact for any int16 integers."""
-        scales = weight.scales.contiguous()
-        return cls(encode_integers(weight.integers, _scales_crc(scales)), scales)
+        """Store a lattice point; exact for any int16 integers. Column scales from `snap_scales` take a few bits."""
+        exponents = scale_exponents(weight.scales)
+        scales = weight.scales.contiguous() if exponents is None else weight.scales.max().reshape(1, 1)
+        return cls(encode_integers(weight.integers, _scales_crc(scales), exponents), scales)
 
     def decode(self) -> LatticeWeight:
         """The stored lattice point. Raises FormatError on anything truncated or corrupt."""
         coded = read_blob(self.codes)
         if _scales_crc(self.scales) != coded.scales_crc:
             raise FormatError("scales are corrupt: their CRC does not match the codes blob's")
-        return LatticeWeight(decode_integers(coded), self.scales)
+        scales = self.scales if coded.exponents is None else column_scales(self.scales, coded.exponents)
+        return LatticeWeight(decode_integers(coded), scales)
 
     def decode_window(self, row_window: slice | None = None, column_window: slice | None = None) -> Tensor:
         """Integers of some rows and columns alone, see `decode_integers`."""
@@ -108,8 +123,8 @@ def predicted_bytes(integers: Tensor) -> float:
     return HEADER.size + bits / 8
 
 
-def encode_integers(integers: Tensor, scales_crc: int) -> Tensor:
-    """Integers, int16 [out, in] → blob, uint8 [bytes]."""
+def encode_integers(integers: Tensor, scales_crc: int, exponents: np.ndarray | None = None) -> Tensor:
+    """Integers, int16 [out, in], and exponents of their column scales, if any → blob, uint8 [bytes]."""
     from vllm_babai.format import rans
 
     matrix = np.ascontiguousarray(integers.numpy())
@@ -124,10 +139,11 @@ def encode_integers(integers: Tensor, scales_crc: int) -> Tensor:
 
     streams = parallel_map(encode, range(shape.count))
     ends = np.cumsum([len(stream) for stream in streams], dtype="<u4")
-    side = pack_model(model)
+    side = pack_model(model) + (b"" if exponents is None else pack_exponents(exponents))
     body = b"".join((side, bytes(-(HEADER.size + len(side)) % 4), ends.tobytes(), *(s.tobytes() for s in streams)))
     size = (shape.rows, shape.columns, shape.tile_rows, shape.tile_columns)
-    fields = (MAGIC, VERSION, model.shift, shape.lanes, len(model.codes), *size, model.offset, scales_crc)
+    numbers = (VERSION, model.shift, shape.lanes, len(model.codes), exponents is not None)
+    fields = (MAGIC, *numbers, *size, model.offset, scales_crc)
     crc = zlib.crc32(body, zlib.crc32(HEADER.pack(*fields, 0)))
     return torch.from_numpy(np.frombuffer(HEADER.pack(*fields, crc) + body, np.uint8).copy())
 
@@ -140,7 +156,7 @@ def read_blob(blob: Tensor) -> Coded:
     if len(raw) < HEADER.size or raw[:4] != MAGIC:
         raise FormatError("codes blob is truncated or is not one")
     *fields, scales_crc, crc = HEADER.unpack_from(raw)
-    _, version, shift, lanes, contexts, rows, columns, tile_rows, tile_columns, offset = fields
+    _, version, shift, lanes, contexts, steps, rows, columns, tile_rows, tile_columns, offset = fields
     if version != VERSION:
         raise FormatError(f"codes blob has format version {version}; this version reads {VERSION}")
     body = raw[HEADER.size :]
@@ -150,14 +166,17 @@ def read_blob(blob: Tensor) -> Coded:
         raise FormatError("codes blob has a header that no encoder writes")
     shape = Shape(rows, columns, tile_rows, tile_columns, lanes)
     model, length = unpack_model(body, rows, columns, offset, shift, contexts)
+    exponents = None
+    if steps:
+        exponents, length = unpack_exponents(body, length, columns)
     start = length + -(HEADER.size + length) % 4
-    if len(body) < start + 4 * shape.count or len(body) % 2:
+    if len(body) < start + 4 * shape.count or len(raw) % 2:
         raise FormatError("codes blob is too short for its tiles")
     ends = np.frombuffer(body, "<u4", shape.count, start).astype(np.int64)
     words = np.frombuffer(body[start + 4 * shape.count :], "<u2")
     if (np.diff(ends, prepend=0) < 0).any() or (ends[-1] if len(ends) else 0) != len(words):
         raise FormatError("codes blob has tiles that do not fit its length")
-    return Coded(shape, model, scales_crc, ends, rans.padded(words, lanes))
+    return Coded(shape, model, exponents, scales_crc, ends, rans.padded(words, lanes))
 
 
 def decode_integers(coded: Coded, row_window: slice | None = None, column_window: slice | None = None) -> Tensor:

@@ -10,7 +10,8 @@ from vllm_babai.format import tables
 from vllm_babai.format.classes import Classes, fit_classes, one_class, spread
 from vllm_babai.format.errors import FormatError
 from vllm_babai.format.parallel import parallel_map
-from vllm_babai.format.tables import CENTRE, ESCAPE
+from vllm_babai.format.tables import ESCAPE
+from vllm_babai.format.vectors import pack_vectors, unpack_vectors, vector_bits
 
 CLASS_STEPS = (0.25, 0.125)  # octaves between neighbouring classes
 COARSE = 5.0  # root mean square from which low bits are stored as they are
@@ -18,7 +19,6 @@ SAMPLE = 1 << 16  # integers that tell the centre and the reach of all
 HISTOGRAM_WEIGHTS = 1 << 20  # per piece of work for a thread
 
 _TABLE_HEADER = struct.Struct("<2B")  # first symbol, number of symbols
-_CLASS_HEADER = struct.Struct("<4BI")  # centre of row and of column classes, their Gaussians, words of their stream
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,15 @@ def _fit_tables(integers: np.ndarray, offset: int, shift: int, classes: Classes)
     """The best table for every context, and the bits of these tables, the classes and the symbols."""
     codes = np.zeros(classes.contexts, np.uint8)
     frequencies = np.zeros((classes.contexts, ESCAPE + 1), np.uint32)
-    bits = integers.size * shift + (_class_code(classes)[1] if classes.contexts > 1 else 0.0)
+    bits = integers.size * shift + _class_bits(classes)
     for context, counts in enumerate(_histogram(integers, offset, shift, classes)):
         codes[context], frequencies[context], table_bits = _best_table(counts, shift)
         bits += table_bits
     return Model(offset, shift, classes, codes, frequencies), bits
+
+
+def _class_bits(classes: Classes) -> float:
+    return 32 + vector_bits(classes.rows) + vector_bits(classes.columns) + 24 if classes.contexts > 1 else 0.0
 
 
 def _best_table(counts: np.ndarray, shift: int) -> tuple[int, np.ndarray, float]:
@@ -100,7 +104,7 @@ def pack_model(model: Model) -> bytes:
     parts = [model.codes.tobytes()]
     parts += [_pack_table(table) for code, table in zip(model.codes, model.frequencies, strict=True) if not code]
     if model.classes.contexts > 1:
-        parts.append(_pack_classes(model.classes))
+        parts.append(pack_vectors([model.classes.rows, model.classes.columns]))
     return b"".join(parts)
 
 
@@ -117,11 +121,12 @@ def unpack_model(raw: memoryview, rows: int, columns: int, offset: int, shift: i
                 frequencies[context], position = _unpack_table(raw, position)
         classes = one_class(rows, columns)
         if contexts > 1:
-            classes, position = _unpack_classes(raw, position, rows, columns)
+            vectors, position = unpack_vectors(raw, position, [rows, columns])
+            classes = Classes(*vectors)
     except (struct.error, ValueError) as error:
         raise FormatError(f"codes blob has a damaged model: {error}") from error
-    if classes.contexts > contexts:
-        raise FormatError(f"codes blob has classes for {classes.contexts} contexts where its header says {contexts}")
+    if classes.contexts > contexts or min(classes.rows.min(initial=0), classes.columns.min(initial=0)) < 0:
+        raise FormatError(f"codes blob has classes outside the {contexts} contexts of its header")
     return Model(offset, shift, classes, codes, frequencies), position
 
 
@@ -143,48 +148,3 @@ def _unpack_table(raw: memoryview, position: int) -> tuple[np.ndarray, int]:
     frequency[first : first + count] = listed[:count]
     frequency[ESCAPE] = listed[count]
     return frequency, position + 2 * (count + 1)
-
-
-def _class_code(classes: Classes) -> tuple[list[tuple[int, int]], float]:
-    """(centre, Gaussian) for the row classes and for the column classes, and the bits of all classes so coded."""
-    chosen, bits = [], 8.0 * (_CLASS_HEADER.size + 4)
-    for numbers in (classes.rows, classes.columns):
-        centre = round(float(numbers.mean()))
-        counts = np.bincount(numbers - centre + CENTRE, minlength=ESCAPE + 1)
-        code, symbol_bits = tables.best_gaussian(counts, 0)
-        chosen.append((centre, code))
-        bits += symbol_bits
-    return chosen, bits
-
-
-def _pack_classes(classes: Classes) -> bytes:
-    """Classes are a matrix of one row themselves: those of the rows in context 0, then those of the columns."""
-    from vllm_babai.format import rans
-
-    (row_centre, row_code), (column_centre, column_code) = _class_code(classes)[0]
-    numbers = np.concatenate((classes.rows - row_centre, classes.columns - column_centre)).astype(np.int16)
-    context = np.repeat(np.arange(2, dtype=np.int32), (len(classes.rows), len(classes.columns)))
-    packed = tables.encoder_table(np.stack([tables.gaussian(code, 0) for code in (row_code, column_code)]))
-    words = rans.encode_tile(numbers[None], (0, 1, 0, len(numbers)), np.zeros(1, np.int32), context, packed, 0, 0, 1)
-    header = _CLASS_HEADER.pack(row_centre, column_centre, row_code, column_code, len(words))
-    return header + words.astype("<u2").tobytes()
-
-
-def _unpack_classes(raw: memoryview, position: int, rows: int, columns: int) -> tuple[Classes, int]:
-    from vllm_babai.format import rans
-
-    row_centre, column_centre, row_code, column_code, count = _CLASS_HEADER.unpack_from(raw, position)
-    position += _CLASS_HEADER.size
-    words = rans.padded(np.frombuffer(raw, "<u2", count, position), 1)
-    context = np.repeat(np.arange(2, dtype=np.int32), (rows, columns))
-    lut = tables.decoder_table(np.stack([tables.gaussian(code, 0) for code in (row_code, column_code)]))
-    numbers = np.empty((1, rows + columns), np.int16)
-    tile = (0, 1, 0, rows + columns)
-    if not rans.decode_tile(words, 0, count, tile, np.zeros(1, np.int32), context, lut, 0, 0, 1, numbers):
-        raise FormatError("codes blob has damaged classes")
-    classes = Classes(
-        numbers[0, :rows].astype(np.int32) + row_centre, numbers[0, rows:].astype(np.int32) + column_centre
-    )
-    if min(classes.rows.min(initial=0), classes.columns.min(initial=0)) < 0:
-        raise FormatError("codes blob has negative classes")
-    return classes, position + 2 * count

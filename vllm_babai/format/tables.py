@@ -21,10 +21,10 @@ LOG2_E = 1.4426950408889634
 MAX_SHIFT = 16 - PRECISION  # more would need two words per symbol
 
 _SAMPLES = 8  # midpoints that integrate the density over a symbol
-_FRACTION = 24  # fractional bits of the exponents in _halved
+_FRACTION = 24  # fractional bits of the exponents in halved
 
 
-def _halved(exponent: np.ndarray) -> np.ndarray:
+def halved(exponent: np.ndarray) -> np.ndarray:
     """2^−exponent for exponents ≥ 0, as a product of repeated square roots of ½."""
     fixed = (np.minimum(exponent, 63.0) * (1 << _FRACTION)).astype(np.int64)
     result = np.ldexp(1.0, -(fixed >> _FRACTION).astype(np.int32))
@@ -52,12 +52,12 @@ def normalize(weights: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=1024)
 def gaussian(code: int, shift: int) -> np.ndarray:
     """Frequencies, uint32 [ESCAPE + 1], of a Gaussian with σ = 2^(code / 16 − 4) rounded to integers."""
-    precision = 0.5 * LOG2_E * float(_halved(np.array(2 * code / CODES_PER_OCTAVE))) * 4.0**-LOWEST_OCTAVE
+    precision = 0.5 * LOG2_E * float(halved(np.array(2 * code / CODES_PER_OCTAVE))) * 4.0**-LOWEST_OCTAVE
     symbol = np.arange(-CENTRE, ESCAPE - CENTRE, dtype=np.float64)
     density = np.zeros(ESCAPE)
     for sample in range(_SAMPLES):
         point = (symbol + (sample + 0.5) / _SAMPLES) * (1 << shift) - 0.5
-        density = density + _halved(point * point * precision)
+        density = density + halved(point * point * precision)
     weights = (density * (1 << 40)).astype(np.int64)
     rare = weights * 4 * TOTAL < weights.sum()
     tail = int(weights[rare].sum())
