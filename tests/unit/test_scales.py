@@ -1,0 +1,157 @@
+"""SSQR's search for scales: the layer overflows as often as asked for, whatever its weights and inputs look like."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_babai.format import integer_range
+from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.offline.factor import Factor, factorize
+from vllm_babai.offline.layer import QuantizedLinear, quantize_ssqr
+from vllm_babai.offline.nearest_plane import expected_targets, nearest_plane
+
+
+def random_layer(rows: int = 192, columns: int = 256, seed: int = 0) -> tuple[Tensor, Factor]:
+    """Weight, [rows, columns], whose rows differ in size, and factor of correlated inputs whose sizes differ, too."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(columns) + 0.5 * torch.randn(columns, columns, generator=generator) / columns**0.5
+    inputs = torch.randn(1000, columns, generator=generator) @ mix * 10 ** torch.rand(columns, generator=generator)
+    weight = torch.randn(rows, columns, generator=generator) * (1 + 3 * torch.rand(rows, 1, generator=generator))
+    return weight, factorize(inputs.T @ inputs / 1000, "activation", 0.01)
+
+
+def quantized(
+    weight: Tensor, factor: Factor, bits: int = 4, overflow: float = 0.01, group_size: int = -1
+) -> QuantizedLinear:
+    return quantize_ssqr("layer", weight, factor, "activation", bits, group_size, overflow, seed=0)
+
+
+def overflow_of(result: QuantizedLinear, bits: int) -> float:
+    low, high = integer_range(bits)
+    return float(((result.weight.integers < low) | (result.weight.integers > high)).float().mean())
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("overflow", [0.002, 0.01, 0.05])
+@pytest.mark.parametrize("group_size", [-1, 32, 128])
+def test_overflow_rate_is_met(bits: int, overflow: float, group_size: int) -> None:
+    weight, factor = random_layer()
+    result = quantized(weight, factor, bits, overflow, group_size)
+    assert abs(overflow_of(result, bits) - overflow) <= 0.1 * overflow
+    assert result.report.overflow_rate == pytest.approx(overflow_of(result, bits))
+    assert result.report.passes <= 3
+    assert result.weight.scales.shape == (192, 1 if group_size == -1 else 256 // group_size)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_overflow_rate_is_met_on_captured_hessians(captured: dict[str, tuple[Tensor, Tensor]], bits: int) -> None:
+    for name, (weight, hessian) in captured.items():
+        report = quantized(weight, factorize(hessian, "activation", 0.01), bits).report
+        assert report.passes <= 3
+        assert report.overflow_rate == pytest.approx(0.01, rel=0.1), name
+
+
+def test_expected_targets_spread_as_the_true_ones() -> None:
+    weight, factor = random_layer(rows=4000, columns=128)
+    rows, steps = weight.T[factor.order].contiguous() * 100, torch.full((1, 4000), 2.0)
+    carried = nearest_plane(rows, factor.unit_upper, steps).targets - rows
+    for draw in expected_targets(rows, steps, factor, seed=0):
+        torch.testing.assert_close((draw - rows).std(1), carried.std(1), rtol=0.3, atol=1e-3)  # of 128 probes
+
+
+def test_without_overflow_everything_fits() -> None:
+    weight, factor = random_layer(rows=64, columns=64)
+    result = quantized(weight, factor, bits=4, overflow=0.0)
+    assert overflow_of(result, 4) < 0.005
+    assert result.report.passes <= 3
+
+
+def test_rows_of_zeros_stay_zero() -> None:
+    weight, factor = random_layer()
+    weight[[0, 100]] = 0
+    result = quantized(weight, factor)
+    assert torch.all(result.weight.dequantize()[[0, 100]] == 0)
+    assert torch.isfinite(result.weight.scales).all()
+    assert abs(overflow_of(result, 4) - 0.01) <= 0.001
+
+
+def test_a_layer_of_zeros() -> None:
+    weight, factor = random_layer(rows=16, columns=32)
+    result = quantized(torch.zeros_like(weight), factor)
+    assert torch.all(result.weight.dequantize() == 0)
+    assert result.report.measured_error == 0
+
+
+def test_one_huge_row_has_a_scale_of_its_own() -> None:
+    weight, factor = random_layer()
+    usual = quantized(weight, factor).report
+    weight[7] *= 10_000
+    result = quantized(weight, factor)
+    assert abs(overflow_of(result, 4) - 0.01) <= 0.001
+    error = (result.weight.dequantize() - weight).square().sum(1)
+    assert float(error[7]) < 0.2 * float(weight[7].square().sum())
+    assert result.report.relative_error < 3 * usual.relative_error
+
+
+def test_one_huge_weight_overflows_rather_than_stretching_its_row() -> None:
+    weight, factor = random_layer()
+    usual = quantized(weight, factor).weight.scales[7]
+    weight[7, 30] = 1000.0
+    result = quantized(weight, factor)
+    assert float(result.weight.scales[7] / usual) < 2
+    assert float(result.weight.dequantize()[7, 30]) == pytest.approx(1000.0, abs=10)
+
+
+def test_integers_stay_within_int16_beside_the_hugest_weight() -> None:
+    weight, factor = random_layer()
+    weight[7, 30] = 1e8
+    result = quantized(weight, factor)
+    assert result.weight.integers.abs().max() <= 32767
+    assert float(result.weight.dequantize()[7, 30]) == pytest.approx(1e8, rel=0.01)
+
+
+def test_scales_are_independent_of_the_units_of_weights_and_inputs() -> None:
+    weight, factor = random_layer()
+    larger = replace(factor, pivots=factor.pivots * 2.0**20)
+    expected, found = quantized(weight, factor), quantized(weight * 2**-10, larger)
+    assert torch.equal(found.weight.integers, expected.weight.integers)
+    assert torch.equal(found.weight.scales, expected.weight.scales * 2**-10)
+
+
+def test_groups_share_consecutive_input_features() -> None:
+    weight, factor = random_layer()
+    weight[:, 64:128] *= 5
+    result = quantized(weight, factor, group_size=64)
+    assert torch.all(result.weight.scales[:, 1] > 2 * result.weight.scales[:, 0])
+    assert result.report.relative_error < quantized(weight, factor).report.relative_error
+
+
+def test_a_group_size_that_does_not_divide_is_an_error() -> None:
+    weight, factor = random_layer(rows=8, columns=80)
+    with pytest.raises(QuantizationError, match="layer: --group-size 32 does not divide its 80 input features"):
+        quantized(weight, factor, group_size=32)
+
+
+def test_report_holds_the_errors_of_the_layer() -> None:
+    weight, factor = random_layer(rows=64)
+    result = quantized(weight, factor, group_size=32)
+    report, basis = result.report, factor.order
+    upper = factor.unit_upper.double() * factor.pivots.sqrt()[:, None]
+    residual = (weight - result.weight.dequantize()).double()[:, basis]
+    steps = result.weight.scales.double().repeat_interleave(32, 1)[:, basis]
+    assert report.measured_error == pytest.approx(float((upper @ residual.T).square().sum()), rel=1e-3)
+    assert report.predicted_error == pytest.approx(float((steps.square() * factor.pivots).sum() / 12), rel=1e-5)
+    assert report.bound == pytest.approx(3 * report.predicted_error)
+    assert report.measured_error <= report.bound
+    energy = float((upper @ weight.double()[:, basis].T).square().sum())
+    assert report.relative_error == pytest.approx(report.measured_error / energy, rel=1e-3)
+    assert (report.name, report.rows, report.columns, report.bits, report.group_size) == ("layer", 64, 256, 4, 32)
+
+
+def test_the_seed_fixes_the_result() -> None:
+    weight, factor = random_layer(rows=32)
+    first, second = quantized(weight, factor), quantized(weight, factor)
+    assert torch.equal(first.weight.integers, second.weight.integers)
+    assert torch.equal(first.weight.scales, second.weight.scales)
