@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -26,8 +26,8 @@ def vllm_config() -> Iterator[None]:
 
 
 @pytest.fixture
-def linear() -> ReplicatedLinear:
-    return ReplicatedLinear(16, 16, bias=False)
+def linear() -> LinearBase:
+    return LinearBase(16, 16, disable_tp=True)
 
 
 def config_of(**fields: object) -> BabaiConfig:
@@ -63,12 +63,12 @@ def test_unreadable_checkpoint(field: str, value: int, message: str) -> None:
         BabaiConfig.from_config({**CheckpointConfig("ssqr", 4).to_dict(), field: value})
 
 
-def test_unknown_format(linear: ReplicatedLinear) -> None:
+def test_unknown_format(linear: LinearBase) -> None:
     with pytest.raises(FormatError, match=r"model.proj: checkpoint format 'gguf' is unknown"):
         config_of(format="gguf").get_quant_method(linear, "model.proj")
 
 
-def test_scheme_of_a_layer(linear: ReplicatedLinear) -> None:
+def test_scheme_of_a_layer(linear: LinearBase) -> None:
     config = config_of(overrides={f"{LAYER}.o_proj": {"bits": 8}})
     for name, bits in (("o_proj", 8), ("qkv_proj", 4)):
         method = config.get_quant_method(linear, f"{LAYER}.{name}")
@@ -76,7 +76,7 @@ def test_scheme_of_a_layer(linear: ReplicatedLinear) -> None:
         assert method.scheme == LayerScheme(bits)
 
 
-def test_override_of_fused_linears(linear: ReplicatedLinear) -> None:
+def test_override_of_fused_linears(linear: LinearBase) -> None:
     config = config_of(overrides={f"{LAYER}.{name}": {"bits": 3} for name in FUSED["qkv_proj"]})
     assert config.get_quant_method(linear, f"{LAYER}.qkv_proj").scheme.bits == 3
 
@@ -84,12 +84,12 @@ def test_override_of_fused_linears(linear: ReplicatedLinear) -> None:
 @pytest.mark.parametrize(
     "fields", [{"overrides": {f"{LAYER}.k_proj": {"bits": 8}}}, {"ignore": [f"{LAYER}.k_proj"]}], ids=str
 )
-def test_fused_linears_must_share_a_scheme(linear: ReplicatedLinear, fields: dict[str, object]) -> None:
+def test_fused_linears_must_share_a_scheme(linear: LinearBase, fields: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"{LAYER}.qkv_proj: .*{LAYER}.q_proj: .*{LAYER}.k_proj: .*{LAYER}.v_proj: "):
         config_of(**fields).get_quant_method(linear, f"{LAYER}.qkv_proj")
 
 
-def test_ignored_layers_stay_as_they_are(linear: ReplicatedLinear) -> None:
+def test_ignored_layers_stay_as_they_are(linear: LinearBase) -> None:
     config = config_of(ignore=[f"{LAYER}.o_proj", *(f"{LAYER}.{name}" for name in FUSED["qkv_proj"])])
     for name in ("o_proj", "qkv_proj"):
         assert isinstance(config.get_quant_method(linear, f"{LAYER}.{name}"), UnquantizedLinearMethod)
@@ -108,7 +108,7 @@ def test_mixture_of_experts_is_refused() -> None:
         config_of().get_quant_method(RoutedExperts(), "model.layers.3.mlp.experts")
 
 
-def test_names_follow_the_model(linear: ReplicatedLinear) -> None:
+def test_names_follow_the_model(linear: LinearBase) -> None:
     config = config_of(ignore=["model.lm.o_proj"], overrides={"model.lm.up_proj": {"bits": 8}})
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
     assert config.checkpoint.ignore == ["language_model.model.lm.o_proj"]
