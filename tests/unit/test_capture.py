@@ -1,0 +1,132 @@
+"""Capture: linears that share an input share a Hessian, and later linears see what quantized ones put out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from vllm_babai.offline.capture import BATCH_TOKENS, advance, batches, hessians, shared_inputs
+from vllm_babai.offline.checkpoint import open_checkpoint
+from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.offline.streamed_model import StreamedModel, open_streamed
+
+CONFIG = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+
+
+class Block(nn.Module):
+    """Two linears on the hidden states, one on what these give; `unused` is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.out = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, hidden: torch.Tensor, scale: float) -> tuple[torch.Tensor]:
+        return (hidden + self.out(self.left(hidden) * self.right(hidden) * scale),)
+
+
+@pytest.fixture
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block().requires_grad_(False)
+
+
+@pytest.fixture
+def linears(block: Block) -> dict[str, nn.Linear]:
+    return {name: module for name, module in block.named_children() if name != "unused"}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, save_random_model: Any) -> Path:
+    return save_random_model(CONFIG, tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture
+def streamed(model_folder: Path) -> StreamedModel:
+    return open_streamed(open_checkpoint(model_folder), torch.device("cpu"), torch.float32)
+
+
+def random_tokens(sequences: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 4096, (sequences, length), generator=torch.Generator().manual_seed(0))
+
+
+def test_groups_of_a_llama_block(streamed: StreamedModel) -> None:
+    hidden, arguments = streamed.first_inputs(random_tokens(1, 16))
+    block = streamed.load_block(0)
+    linears = {name: block.get_submodule(name.removeprefix("model.layers.0.")) for name in streamed.linears(0)}
+    groups = shared_inputs(block, linears, hidden, arguments[0])
+    short = [[name.rpartition(".")[2] for name in group] for group in groups]
+    assert short == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_linears_that_the_block_never_calls_are_named(block: Block) -> None:
+    with pytest.raises(QuantizationError, match="unused: not called when the block runs"):
+        shared_inputs(block, dict(block.named_children()), torch.randn(1, 4, 8), {"scale": 1.0})
+
+
+def test_no_linears_no_groups(block: Block) -> None:
+    assert shared_inputs(block, {}, torch.randn(1, 4, 8), {"scale": 1.0}) == []
+
+
+def test_hessian_is_the_mean_of_outer_products(block: Block, linears: dict[str, nn.Linear]) -> None:
+    hidden = torch.randn(300, 100, 8)  # more than one batch
+    assert len(list(batches(hidden, torch.device("cpu")))) == -(-300 * 100 // (BATCH_TOKENS // 100 * 100))
+    rows = hidden.flatten(0, 1).double()
+    inputs = {"left": rows, "out": (block.left(rows.float()) * block.right(rows.float()) * 2.0).double()}
+    found = hessians(block, {name: linears[name] for name in inputs}, hidden, {"scale": 2.0})
+    for name, x in inputs.items():
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name].double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_activations_that_are_not_finite_are_named(value: float, block: Block, linears: dict[str, nn.Linear]) -> None:
+    hidden = torch.randn(3, 5, 8)
+    hidden[1, 2, 3] = value
+    with pytest.raises(QuantizationError, match="left: its input activations have NaN or Inf"):
+        hessians(block, {"left": linears["left"]}, hidden, {"scale": 1.0})
+
+
+def test_advance_replaces_inputs_by_outputs(block: Block) -> None:
+    hidden = torch.randn(300, 100, 8)
+    expected = block(hidden, scale=0.5)[0]
+    advance(block, hidden, {"scale": 0.5}, torch.device("cpu"))
+    torch.testing.assert_close(hidden, expected)
+
+
+def test_streamed_blocks_compute_what_the_whole_model_does(streamed: StreamedModel, model_folder: Path) -> None:
+    tokens = random_tokens(3, 20)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    with torch.no_grad():
+        states = model.model(tokens, output_hidden_states=True).hidden_states
+    hidden, arguments = streamed.first_inputs(tokens)
+    torch.testing.assert_close(hidden, states[0])
+    advance(streamed.load_block(0), hidden, arguments[0], torch.device("cpu"))
+    torch.testing.assert_close(hidden, states[1])
+    advance(streamed.load_block(1), hidden, arguments[1], torch.device("cpu"))
+    torch.testing.assert_close(model.model.norm(hidden), states[2])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "layer"),
+    [("model.layers.1.mlp.up_proj.weight", 1), ("model.layers.0.input_layernorm.weight", 0)],
+)
+def test_weights_that_are_not_finite_are_named(tensor: str, layer: int, tmp_path: Path, save_random_model: Any) -> None:
+    folder = save_random_model(CONFIG, tmp_path / "damaged")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.get_parameter(tensor).data.view(-1)[5] = torch.nan
+    model.save_pretrained(folder)
+    streamed = open_streamed(open_checkpoint(folder), torch.device("cpu"), torch.float32)
+    with pytest.raises(QuantizationError, match=f"{tensor} has NaN or Inf in model.safetensors"):
+        streamed.load_block(layer)
