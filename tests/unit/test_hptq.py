@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from vllm_babai.format import FORMATS, HPTQ, FormatError, LatticeWeight, predicted_bytes, snap_scales
+from vllm_babai.format import FORMATS, HPTQ, FormatError, LatticeWeight, predicted_bytes, snap_scales, tables
 from vllm_babai.format.hptq import decode_integers, read_blob
 
 ONE_SCALE = torch.ones(1, 1, dtype=torch.bfloat16)
@@ -145,6 +146,14 @@ def test_windows(data: st.DataObject) -> None:
     row, column = (sorted(data.draw(st.tuples(*[st.integers(0, size)] * 2))) for size in z.shape)
     window = blob.decode_window(slice(*row), slice(*column))
     assert torch.equal(window, z[slice(*row), slice(*column)])
+
+
+@pytest.mark.parametrize(("shift", "crc"), [(0, 4083693733), (3, 144911755)])
+def test_gaussians_never_change(shift: int, crc: int) -> None:
+    """Blobs name their tables by one byte: another table on another machine or in another version cannot read them."""
+    every = np.stack([tables.gaussian(code, shift) for code in tables.GAUSSIANS])
+    assert (every.sum(axis=1) == tables.TOTAL).all()
+    assert zlib.crc32(every.astype("<u2").tobytes()) == crc
 
 
 def test_window_outside() -> None:
