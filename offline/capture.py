@@ -1,7 +1,8 @@
 """What a decoder block's linears see: groups that share an input, their Hessians, and the block's outputs."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def batches(hidden: Tensor, device: torch.device) -> Iterator[tuple[slice, Tenso
         yield window, hidden[window].to(device)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def shared_inputs(
     block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor, arguments: dict[str, Any]
 ) -> list[list[str]]:
@@ -43,14 +44,11 @@ def shared_inputs(
     inputs: dict[int, Tensor] = {}  # holds the tensors, so that no two can have the same id
     groups: dict[int, list[str]] = {}
 
-    def note(name: str) -> Callable:
-        def hook(_: nn.Module, args: tuple) -> None:
-            inputs[id(args[0])] = args[0]
-            groups.setdefault(id(args[0]), []).append(name)
+    def note(name: str, _: nn.Module, args: tuple) -> None:
+        inputs[id(args[0])] = args[0]
+        groups.setdefault(id(args[0]), []).append(name)
 
-        return hook
-
-    with _hooked((linear, note(name)) for name, linear in linears.items()):
+    with _hooked((linear, partial(note, name)) for name, linear in linears.items()):
         run_block(block, hidden[:1], arguments)
     silent = linears.keys() - {name for group in groups.values() for name in group}
     if silent:
@@ -60,35 +58,46 @@ def shared_inputs(
     return list(groups.values())
 
 
-@torch.inference_mode()
-def hessian(block: nn.Module, linear: nn.Linear, name: str, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """H = XᵀX / tokens of the inputs X that `linear` sees, float32 [in, in].
+@torch.no_grad()
+def hessians(
+    block: nn.Module,
+    linears: dict[str, nn.Linear],
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    token_weights: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """H = XᵀX / tokens of the inputs X of every linear given, float32 [in, in]; the block runs no further than they.
 
-    float32 sums of products of a few thousand tokens each lose no more than 1e-6 of an entry's size, far below the
-    damping. Raises QuantizationError when an activation is NaN or Inf.
+    token_weights: linear → how much each token counts, mean 1, [sequences, length]; none: all the same. float32 sums of
+    products of a few thousand tokens each lose no more than 1e-6 of an entry's size, far below the damping. Raises
+    QuantizationError when an activation is NaN or Inf.
     """
-    total = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
-    tokens = 0
+    totals = {n: torch.zeros(m.in_features, m.in_features, device=m.weight.device) for n, m in linears.items()}
+    seen: dict[str, Tensor] = {}
 
-    def accumulate(_: nn.Module, args: tuple) -> None:
-        nonlocal tokens
-        rows = args[0].reshape(-1, linear.in_features).float()
-        total.addmm_(rows.T, rows)
-        tokens += len(rows)
-        raise _Reached
+    def capture(name: str, _: nn.Module, args: tuple) -> None:
+        seen[name] = args[0]
+        if len(seen) == len(linears):
+            raise _Reached
 
-    with _hooked([(linear, accumulate)]):
-        for _, batch in batches(hidden, linear.weight.device):
-            try:
+    with _hooked((linear, partial(capture, name)) for name, linear in linears.items()):
+        for window, batch in batches(hidden, next(block.parameters()).device):
+            seen.clear()
+            with suppress(_Reached):
                 run_block(block, batch, arguments)
-            except _Reached:
-                continue
-    if not torch.isfinite(total.diagonal()).all():
-        raise QuantizationError(f"{name}: its input activations have NaN or Inf on the calibration text")
-    return total / tokens
+            for name, inputs in seen.items():
+                rows = inputs.reshape(-1, inputs.shape[-1]).float()
+                if token_weights is not None:
+                    rows = rows * token_weights[name][window].reshape(-1, 1).to(rows.device).sqrt()
+                totals[name].addmm_(rows.T, rows)
+    for name, total in totals.items():
+        if not torch.isfinite(total.diagonal()).all():
+            raise QuantizationError(f"{name}: its input activations have NaN or Inf on the calibration text")
+        total /= hidden.shape[:2].numel()
+    return totals
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def advance(block: nn.Module, hidden: Tensor, arguments: dict[str, Any], device: torch.device) -> None:
     """Replace the block's inputs by its outputs, batch by batch and in place."""
     for window, batch in batches(hidden, device):

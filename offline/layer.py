@@ -10,17 +10,17 @@ from vllm_babai.format import HPTQ, SSQR, LatticeWeight
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor
 from vllm_babai.offline.hptq import search_rate
-from vllm_babai.offline.nearest_plane import Solution, mean_error, squared_error
+from vllm_babai.offline.lattice import Lattice
+from vllm_babai.offline.nearest_plane import Solution
 from vllm_babai.offline.ssqr import overflow_rate, search_overflow
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What is known about a quantized linear. Errors are sums over output rows per calibration token, damping included.
+    """What is known about a quantized linear. Errors are as `Lattice` counts them, damping included.
 
-    predicted_error: ¹⁄₁₂ Σ s²D. measured_error: ‖R(W − Ŵ)ᵀ‖². bound: ¼ Σ s²D. relative_error: measured, over the
-    energy ‖RWᵀ‖² of the layer's outputs. passes: runs of nearest plane that the search for scales took. bits,
-    group_size, overflow_rate: None in HPTQ.
+    predicted_error: ¹⁄₁₂ Σ s²D. measured_error: of W − Ŵ. bound: ¼ Σ s²D. relative_error: measured, over that of W.
+    passes: runs of nearest plane that the search for scales took. bits, group_size, overflow_rate: None in HPTQ.
     """
 
     name: str
@@ -50,7 +50,7 @@ class QuantizedLinear:
 
 
 def quantize_ssqr(
-    name: str, weight: Tensor, factor: Factor, order: str, bits: int, group_size: int, overflow: float, seed: int
+    name: str, weight: Tensor, lattice: Lattice, order: str, bits: int, group_size: int, overflow: float, seed: int
 ) -> QuantizedLinear:
     """Quantize `weight` [out, in] to SSQR with a share `overflow` of sparse weights.
 
@@ -61,24 +61,24 @@ def quantize_ssqr(
     if group_size != -1 and columns % group_size:
         raise QuantizationError(f"{name}: --group-size {group_size} does not divide its {columns} input features")
     groups = 1 if group_size == -1 else columns // group_size
-    basis_weight = _to_basis(weight, factor)
-    solution = search_overflow(basis_weight, factor, groups, bits, overflow, seed)
-    lattice = _from_basis(solution, factor)
-    stored = SSQR.encode(lattice, bits)
+    basis_weight = _to_basis(weight, lattice.columns)
+    solution = search_overflow(basis_weight, lattice, groups, bits, overflow, seed)
+    point = _from_basis(solution, lattice.columns)
+    stored = SSQR.encode(point, bits)
     rate = overflow_rate(solution.plane.integers, bits)
-    report = _report(name, basis_weight, solution, factor, order, stored.tensors(), started, bits, group_size, rate)
-    return QuantizedLinear(stored.tensors(), lattice, report)
+    report = _report(name, basis_weight, solution, lattice, order, stored.tensors(), started, bits, group_size, rate)
+    return QuantizedLinear(stored.tensors(), point, report)
 
 
-def quantize_hptq(name: str, weight: Tensor, factor: Factor, order: str, rate: float, seed: int) -> QuantizedLinear:
+def quantize_hptq(name: str, weight: Tensor, lattice: Lattice, order: str, rate: float, seed: int) -> QuantizedLinear:
     """Quantize `weight` [out, in] to HPTQ at `rate` bits per weight, everything stored counted."""
     started = time.perf_counter()
-    basis_weight = _to_basis(weight, factor)
-    solution = search_rate(basis_weight, factor, rate, seed)
-    lattice = _from_basis(solution, factor)
-    stored = HPTQ.encode(lattice)
-    report = _report(name, basis_weight, solution, factor, order, stored.tensors(), started)
-    return QuantizedLinear(stored.tensors(), lattice, report)
+    basis_weight = _to_basis(weight, lattice.columns)
+    solution = search_rate(basis_weight, lattice, rate, seed)
+    point = _from_basis(solution, lattice.columns)
+    stored = HPTQ.encode(point)
+    report = _report(name, basis_weight, solution, lattice, order, stored.tensors(), started)
+    return QuantizedLinear(stored.tensors(), point, report)
 
 
 def _to_basis(weight: Tensor, factor: Factor) -> Tensor:
@@ -96,7 +96,7 @@ def _report(
     name: str,
     weight: Tensor,
     solution: Solution,
-    factor: Factor,
+    lattice: Lattice,
     order: str,
     tensors: dict[str, Tensor],
     started: float,
@@ -104,8 +104,7 @@ def _report(
     group_size: int | None = None,
     rate: float | None = None,
 ) -> LayerReport:
-    predicted = float(mean_error(solution.steps.expand_as(weight), factor).sum())
-    measured = float(squared_error(solution.plane.residual, factor).sum())
+    predicted, measured = lattice.mean_error(solution.steps, weight.shape[1]), lattice.error(solution.plane.residual)
     return LayerReport(
         name=name,
         rows=weight.shape[1],
@@ -115,11 +114,11 @@ def _report(
         bits_per_weight=8 * sum(tensor.nbytes for tensor in tensors.values()) / weight.numel(),
         overflow_rate=rate,
         order=order,
-        damping=factor.damping,
+        damping=lattice.columns.damping,
         predicted_error=predicted,
         measured_error=measured,
         bound=3 * predicted,
-        relative_error=measured / max(float(squared_error(weight, factor).sum()), 1e-300),
+        relative_error=measured / max(lattice.error(weight), 1e-300),
         passes=solution.passes,
         seconds=time.perf_counter() - started,
     )

@@ -45,10 +45,11 @@ class Solution:
     passes: int
 
 
-def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor) -> NearestPlane:
+def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor, shrinkage: Tensor | float = 1.0) -> NearestPlane:
     """Decide every integer; nothing is clipped.
 
     weight: [n, out], rows in the factor's order. unit_upper: [n, n] as in `Factor`. steps: broadcastable to [n, out].
+    shrinkage: factor, broadcastable to [n, out], of the targets before they are rounded; 1 is Babai's algorithm.
     The halves are solved from right to left: solve the right half, carry its residual into the targets of the left half
     with one matrix product, solve the left half. Raises QuantizationError when an integer exceeds 2¹⁵ − 1.
     """
@@ -56,6 +57,7 @@ def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor) -> NearestP
     residual = torch.empty_like(weight)
     integers = torch.empty_like(weight)
     steps = steps.expand_as(weight)
+    inverse = (shrinkage / steps).expand_as(weight)
 
     def solve(low: int, high: int) -> None:
         if high - low > LEAF:
@@ -66,7 +68,7 @@ def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor) -> NearestP
             return
         for j in range(high - 1, low - 1, -1):
             targets[j].addmv_(residual[j + 1 : high].T, unit_upper[j, j + 1 : high])
-            torch.div(targets[j], steps[j], out=integers[j]).round_()
+            torch.mul(targets[j], inverse[j], out=integers[j]).round_()
             torch.addcmul(weight[j], integers[j], steps[j], value=-1, out=residual[j])
 
     solve(0, len(weight))
@@ -98,16 +100,25 @@ def mean_error(steps: Tensor, factor: Factor) -> Tensor:
     return factor.pivots @ steps.double().square() / 12
 
 
+def carried_variance(factor: Factor, seed: int) -> Tensor:
+    """Variance, in units of s², of what nearest plane's error adds to the target of every position, [n, 1].
+
+    Rounding leaves t − s∘z = s∘u with u uniform, so the residual is w − s∘z = U⁻¹(s∘u), U being R with rows divided by
+    its diagonal, and t_j − w_j has variance s²/12 Σ_{k>j} (U⁻¹)_jk². Random probes tell these row sums without U⁻¹.
+    """
+    upper = factor.unit_upper
+    generator = torch.Generator(upper.device).manual_seed(seed)
+    probes = torch.randn(len(upper), PROBES, generator=generator, device=upper.device, dtype=upper.dtype)
+    carried = probes - torch.linalg.solve_triangular(upper, probes, upper=True, unitriangular=True)
+    return carried.square().mean(1, keepdim=True) / 12
+
+
 def expected_targets(weight: Tensor, steps: Tensor, factor: Factor, seed: int) -> tuple[Tensor, Tensor]:
     """Two draws of nearest plane's targets without running it: the weight plus and minus noise as the carried error's.
 
-    weight: [n, out] in the factor's order; steps: broadcastable to it. Rounding leaves t − s∘z = s∘u with u uniform,
-    so the residual is w − s∘z = U⁻¹(s∘u), U being R with rows divided by its diagonal. What is carried into position j,
-    t_j − w_j, hence has variance s²/12 Σ_{k>j} (U⁻¹)_jk². Random probes tell these row sums without the inverse.
+    weight: [n, out] in the factor's order; steps: broadcastable to it.
     """
     generator = torch.Generator(weight.device).manual_seed(seed)
-    probes = torch.randn(len(weight), PROBES, generator=generator, device=weight.device, dtype=weight.dtype)
-    carried = probes - torch.linalg.solve_triangular(factor.unit_upper, probes, upper=True, unitriangular=True)
     noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
-    noise *= carried.square().mean(1, keepdim=True).div(12).sqrt() * steps
+    noise *= carried_variance(factor, seed).sqrt() * steps
     return weight + noise, weight - noise

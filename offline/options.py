@@ -21,9 +21,10 @@ class QuantizeOptions:
     bits: dense bits per weight. overflow: share of weights stored sparsely. group_size: input features per scale, −1
     for one scale per output row; these three are SSQR's. rate: bits per weight of HPTQ, everything counted. order: of
     nearest plane. calibration: file or hub dataset; samples × sequence_length tokens of it are used (0: 2048, or what
-    the model's positions allow). damping: λ over the Hessian's mean diagonal. ignore: regular expressions; linears that
-    one of them finds by full name stay as they are. device, dtype: of the model's forward pass; 'auto' is CUDA where there
-    is one, and bfloat16 there, float32 on the CPU.
+    the model's positions allow). damping: λ over the Hessian's mean diagonal. sensitivity: weigh tokens, rows and
+    linears by how much the loss minds their errors, which takes one backward pass. ignore: regular expressions; linears
+    that one of them finds by full name stay as they are. device, dtype: of the model's forward pass; 'auto' is CUDA
+    where there is one, and bfloat16 there, float32 on the CPU.
     """
 
     format: Literal["ssqr", "hptq"] = "ssqr"
@@ -36,6 +37,7 @@ class QuantizeOptions:
     samples: int = 128
     sequence_length: int = 0
     damping: float = 0.01
+    sensitivity: bool = True
     ignore: list[str] = field(default_factory=list)
     device: str = "auto"
     dtype: str = "auto"

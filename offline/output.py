@@ -24,6 +24,7 @@ from vllm_babai.offline.streamed_model import StreamedModel
 
 REPORT = "babai_report.json"
 RUN = "babai_run.json"
+PLAN = "babai_plan.json"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,20 @@ class PartialOutput:
         """File of a decoder block; index −1 is everything outside the blocks."""
         count = len(self.model.blocks) + 1
         return self.partial / f"model-{index % count + 1:05}-of-{count:05}.safetensors"
+
+    @property
+    def sensitivity_folder(self) -> Path:
+        """Where the sensitivity of every block is kept while the run lasts."""
+        return self.partial / "sensitivity"
+
+    def write_plan(self, rates: dict[str, float]) -> None:
+        """Keep the rates that were planned before the first block; the sensitivity is complete by then."""
+        _write_atomically(self.partial / PLAN, json.dumps(rates))
+
+    def read_plan(self) -> dict[str, float] | None:
+        """Planned rates by linear, or None when there is no plan yet."""
+        path = self.partial / PLAN
+        return json.loads(path.read_text()) if path.is_file() else None
 
     def has_block(self, index: int) -> bool:
         """Whether the block is already quantized."""
@@ -77,6 +92,8 @@ class PartialOutput:
         (self.partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         for i in range(len(self.model.blocks)):
             self._report_file(i).unlink()
+        shutil.rmtree(self.sensitivity_folder, ignore_errors=True)
+        (self.partial / PLAN).unlink(missing_ok=True)
         (self.partial / RUN).unlink()
         publish(self.partial, self.out)
         return self.out

@@ -11,13 +11,17 @@ from transformers import AutoTokenizer
 from vllm_babai.format import FORMATS, CheckpointConfig
 from vllm_babai.offline.budget import Budget
 from vllm_babai.offline.calibration import calibration_tokens
-from vllm_babai.offline.capture import advance, hessian, shared_inputs
+from vllm_babai.offline.capture import advance, hessians, shared_inputs
 from vllm_babai.offline.checkpoint import open_checkpoint
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor, factorize
+from vllm_babai.offline.joint_plane import row_geometry
+from vllm_babai.offline.lattice import Lattice
 from vllm_babai.offline.layer import LayerReport, QuantizedLinear, quantize_hptq, quantize_ssqr
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.output import PartialOutput, open_output
+from vllm_babai.offline.plan import forecast_model, plan_rates
+from vllm_babai.offline.sensitivity import Sensitivity, measure_sensitivity
 from vllm_babai.offline.streamed_model import StreamedModel, open_streamed
 
 
@@ -42,7 +46,8 @@ def quantize(
     tokens = calibration_tokens(tokenizer, options.calibration, options.samples, length, options.seed)
     hidden, arguments = streamed.first_inputs(tokens)
     with _progress() as progress:
-        run = _Run(streamed, options, output, hidden, Budget(options.rate), progress)
+        sensitivity, rates = _plan(output, tokens, hidden, arguments, progress)
+        run = _Run(streamed, options, output, hidden, sensitivity, Budget(options.rate, rates), progress)
         task = progress.add_task("", total=len(selected))
         for index, block_arguments in enumerate(arguments):
             progress.update(task, description=f"block {index + 1} of {len(arguments)}")
@@ -53,6 +58,28 @@ def quantize(
     return output.finish(CheckpointConfig(options.format, bits, options.group_size, ["lm_head", *ignored]))
 
 
+def _plan(
+    output: PartialOutput, tokens: Tensor, hidden: Tensor, arguments: list[dict[str, Any]], progress: Progress
+) -> tuple[Sensitivity | None, dict[str, float]]:
+    """Sensitivity to errors, and for HPTQ the rate of every linear; those of an interrupted run where there is one."""
+    model, options = output.model, output.options
+    if not options.sensitivity:
+        return None, {}
+    sensitivity, rates = Sensitivity(output.sensitivity_folder, model.blocks_name), output.read_plan()
+    if rates is None:
+        rates = {}
+        task = progress.add_task("measuring sensitivity", total=None)
+        output.sensitivity_folder.mkdir(exist_ok=True)
+        measure_sensitivity(model, tokens, hidden, arguments, options.seed, output.sensitivity_folder)
+        if options.format == "hptq":
+            progress.update(task, description="planning rates")
+            forecasts = forecast_model(model, hidden, arguments, sensitivity, options)
+            rates = {linear.name: linear.rate for linear in plan_rates(forecasts, options.rate)}
+        output.write_plan(rates)
+        progress.remove_task(task)
+    return sensitivity, rates
+
+
 @dataclass
 class _Run:
     """What goes from block to block. hidden: the calibration inputs of the next block."""
@@ -61,6 +88,7 @@ class _Run:
     options: QuantizeOptions
     output: PartialOutput
     hidden: Tensor
+    sensitivity: Sensitivity | None
     budget: Budget
     progress: Progress
 
@@ -82,12 +110,15 @@ class _Run:
         tensors: dict[str, Tensor] = {}
         reports: list[LayerReport] = []
         for group in shared_inputs(block, linears, self.hidden[:1].to(self.model.device), arguments):
-            covariance = hessian(block, linears[group[0]], group[0], self.hidden, arguments)
+            lead = group[0]
+            weights = {lead: self.sensitivity.shared_weights(group)} if self.sensitivity else None
+            covariance = hessians(block, {lead: linears[lead]}, self.hidden, arguments, weights)[lead]
             factor = self._factorize(covariance, group)
             for name in group:
                 quantized = self._quantize_linear(name, factor)
                 _replace(linears[name], quantized.weight.dequantize())
-                self.budget.spend(quantized.report)
+                if self.options.format == "hptq":
+                    self.budget.spend(quantized.report)
                 tensors |= {f"{name}.{key}": tensor for key, tensor in quantized.tensors.items()}
                 reports.append(quantized.report)
         self.output.write_block(index, tensors, reports)
@@ -104,12 +135,14 @@ class _Run:
 
     def _quantize_linear(self, name: str, factor: Factor) -> QuantizedLinear:
         options = self.options
+        rows = row_geometry(self.sensitivity.row_covariance(name)) if self.sensitivity else None
+        lattice = Lattice(factor, rows)
         weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
         if options.format == "hptq":
-            rate = self.budget.next_rate(weight.numel())
-            return quantize_hptq(name, weight, factor, options.order, rate, options.seed)
+            rate = self.budget.next_rate(name, weight.numel())
+            return quantize_hptq(name, weight, lattice, options.order, rate, options.seed)
         goal = (options.bits, options.group_size, options.overflow)
-        return quantize_ssqr(name, weight, factor, options.order, *goal, options.seed)
+        return quantize_ssqr(name, weight, lattice, options.order, *goal, options.seed)
 
     def _restore(self, index: int, linears: dict[str, nn.Linear]) -> None:
         """Give a block the weights that an interrupted run has already quantized."""
@@ -117,8 +150,9 @@ class _Run:
         for name, linear in linears.items():
             parts = {field.name: stored[f"{name}.{field.name}"] for field in fields(form)}
             _replace(linear, form(**parts).decode().dequantize())
-        for report in self.output.read_reports(index):
-            self.budget.spend(report)
+        if self.options.format == "hptq":
+            for report in self.output.read_reports(index):
+                self.budget.spend(report)
 
 
 def _replace(linear: nn.Linear, weight: Tensor) -> None:

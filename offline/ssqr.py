@@ -2,57 +2,62 @@
 
 A target t at integer range low … high overflows unless its scale is at least max(t/(high + ½), t/(low − ½)). So in one
 row the k-th largest of these thresholds is the scale at which k − 1 weights overflow. The squared error of a row grows
-with s² ΣD; the rows share the layer's budget of overflow entries where an entry lowers that error most.
+with s² ΣD and the row's own pivot; the rows share the layer's budget of overflow entries where an entry lowers the
+error most.
 """
 
 import torch
 from torch import Tensor
 
 from vllm_babai.format.lattice import MAX_INTEGER, integer_range
-from vllm_babai.offline.factor import Factor
-from vllm_babai.offline.nearest_plane import Solution, expected_targets, nearest_plane
+from vllm_babai.offline.lattice import Lattice
+from vllm_babai.offline.nearest_plane import Solution, expected_targets
 
 MAX_PASSES = 3
 RATE_TOLERANCE = 0.1
 
 
-def search_overflow(weight: Tensor, factor: Factor, groups: int, bits: int, overflow: float, seed: int) -> Solution:
-    """Solve with scales whose overflow rate is `overflow`; weight: [n, out] in the factor's order.
+def search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, overflow: float, seed: int) -> Solution:
+    """Solve with scales whose overflow rate is `overflow`; weight: [n, out] in the columns' order.
 
     How the scales of rows compare is chosen on draws of the targets that nearest plane is expected to meet. These
     scales suit the draw that chose them too well, so one factor for all of them is found on a draw of its own, then on
     the targets of each pass.
     """
+    factor = lattice.columns
     cells = _cells(factor.order, groups)
-    pivots = factor.pivots.to(weight.dtype)
-    scales = overflow_scales(weight, cells, pivots, bits, overflow)
+    pivots, row_pivots = factor.pivots, lattice.row_pivots(weight.shape[1]).to(weight.device)
+    scales = overflow_scales(weight, cells, pivots, row_pivots, bits, overflow)
     both = torch.cat((cells, cells + len(weight)), 1)
     for attempt in range(2):
         targets = torch.cat(expected_targets(weight, _steps(scales, cells), factor, seed + attempt))
-        scales = overflow_scales(targets, both, pivots.repeat(2), bits, overflow)
+        scales = overflow_scales(targets, both, pivots.repeat(2), row_pivots, bits, overflow)
     targets, _ = expected_targets(weight, _steps(scales, cells), factor, seed + 2)
     passes, missed = 0, True
     while missed and passes < MAX_PASSES:
         scales = (scales * _stretch(weight, targets, _steps(scales, cells), bits, overflow)).to(torch.bfloat16)
-        plane = nearest_plane(weight, factor.unit_upper, _steps(scales, cells))
+        plane = lattice.solve(weight, _steps(scales, cells))
         targets = plane.targets
         missed = abs(overflow_rate(plane.integers, bits) - overflow) > RATE_TOLERANCE * overflow
         passes += 1
     return Solution(scales, _steps(scales, cells), plane, passes)
 
 
-def overflow_scales(targets: Tensor, cells: Tensor, pivots: Tensor, bits: int, rate: float) -> Tensor:
+def overflow_scales(
+    targets: Tensor, cells: Tensor, pivots: Tensor, row_pivots: Tensor, bits: int, rate: float
+) -> Tensor:
     """Scales, bfloat16 [out, groups], at which a share `rate` of all targets overflows at the least total error.
 
-    targets: [n, out]. cells: int64 [groups, n / groups], positions that share a scale. pivots: D, [n].
+    targets: [n, out]. cells: int64 [groups, n / groups], positions that share a scale. pivots: D of the columns, [n].
+    row_pivots: how much the error of every row counts, [out].
     """
     low, high = integer_range(bits)
     thresholds = torch.maximum(targets / (high + 0.5), targets / (low - 0.5))
-    weights = pivots[cells].sum(1).to(targets.dtype)
+    weights = (pivots[cells].sum(1)[:, None] * row_pivots / row_pivots.mean()).to(targets.dtype)
     depth = min(cells.shape[1], max(4, int(cells.shape[1] * min(1.0, 6 * rate)) + 2))
     largest = thresholds[cells].topk(depth, dim=1).values
     largest = torch.maximum(largest, largest[:, :1] * (integer_range(bits)[1] + 1) * 2 / MAX_INTEGER)
-    cost = largest.square() * weights[:, None, None]
+    cost = largest.square() * weights[:, None]
     count = torch.arange(depth, device=targets.device, dtype=targets.dtype)[:, None]
     price = _price_of_entry(cost, count, rate * targets.numel())
     best = (cost + price * count).argmin(1, keepdim=True)

@@ -5,6 +5,7 @@ the first block; a block's weights exist only between `load_block` and the end o
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,17 @@ class _Recorder(nn.Module):
             raise QuantizationError(f"decoder blocks called with positional arguments {args} are not supported")
         self.hidden, self.arguments = hidden, kwargs
         return hidden
+
+
+class _Injector(nn.Module):
+    """Stands in for the first decoder block: whatever it is given, it passes on `hidden`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = torch.empty(0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.hidden
 
 
 @dataclass
@@ -86,11 +98,30 @@ class StreamedModel:
         state = {key: self.checkpoint.read(prefix + key) for key in wanted if prefix + key in self.checkpoint.files}
         _fill(model, state, backbone, self.device, self.dtype)
         hidden: list[Tensor] = []
-        with torch.inference_mode():
+        with torch.no_grad():
             for sequence in tokens:
                 model(sequence[None].to(self.device), use_cache=False)
                 hidden.append(recorders[0].hidden)
         return torch.cat(hidden), [recorder.arguments for recorder in recorders]
+
+    def load_head(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What follows the blocks: a function of tokens [1, length] and hidden states [1, length, hidden] → logits."""
+        model = copy.deepcopy(self.skeleton)
+        injected = _Injector()
+        backbone, _, list_name = self.blocks_name.rpartition(".")
+        stand_ins = [_Recorder(block) for block in self.blocks[1:]]
+        setattr(model.get_submodule(backbone), list_name, nn.ModuleList([injected, *stand_ins]))
+        state = {key: self.checkpoint.read(key) for key in model.state_dict() if key in self.checkpoint.files}
+        tied = getattr(model, "_tied_weights_keys", None) or {}
+        state |= {key: state[source] for key, source in dict(tied).items() if key not in state and source in state}
+        _fill(model, state, type(model).__name__, self.device, self.dtype)
+        model.eval().requires_grad_(False)
+
+        def head(tokens: Tensor, hidden: Tensor) -> Tensor:
+            injected.hidden = hidden
+            return model(tokens, use_cache=False).logits
+
+        return head
 
 
 def open_streamed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> StreamedModel:

@@ -1,0 +1,88 @@
+"""What a linear will cost before it is quantized: its error and its bits at any step, from one factorization."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from vllm_babai.offline.lattice import Lattice
+from vllm_babai.offline.nearest_plane import carried_variance
+
+PAIRS = 1 << 14
+OCTAVES = torch.arange(-12.0, 4.01, 0.25)  # of the step, against the weights' root mean square
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One linear, small enough to keep for a whole model.
+
+    pivot: mean of D_j D_i over the weights, so that a step s costs ½ s²/12 · weights · pivot nats per token.
+    spread: root mean square of the weights. rates: HPTQ bits per weight at a step of spread · 2^OCTAVES.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    pivot: float
+    spread: float
+    rates: list[float]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+    def rate(self, step: float) -> float:
+        """HPTQ bits per weight at a step."""
+        position = (math.log2(step / self.spread) - float(OCTAVES[0])) / float(OCTAVES[1] - OCTAVES[0])
+        below = min(max(int(position), 0), len(self.rates) - 2)
+        share = min(max(position - below, 0.0), 1.0)
+        return self.rates[below] * (1 - share) + self.rates[below + 1] * share
+
+    def loss(self, step: float) -> float:
+        """Loss, nats per token, that nearest plane's error with a step is expected to cost."""
+        return self.weights * self.pivot * step**2 / 24
+
+
+def forecast(name: str, weight: Tensor, lattice: Lattice, seed: int) -> Forecast:
+    """Forecast a linear; weight: [out, in]. Its integers are modelled as Gaussian, their variance a row's times a
+    column's plus what nearest plane carries, as the code models them.
+    """
+    factor = lattice.columns
+    squares = weight.float().square()
+    rows, columns = squares.mean(1), squares.mean(0)[factor.order]
+    mean = squares.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.randint(len(rows), (PAIRS,), generator=generator).to(rows.device)
+    column = torch.randint(len(columns), (PAIRS,), generator=generator).to(rows.device)
+    own = rows[row] * columns[column] / mean
+    carried = carried_variance(factor, seed).squeeze(1)[column]
+    steps = mean * 4.0 ** OCTAVES.to(mean.device)
+    deviation = (own / steps[:, None] + carried).sqrt()
+    rates = _interpolate_entropy(deviation).mean(1)
+    pivot = float(factor.pivots.mean() * lattice.row_pivots(len(weight)).mean())
+    return Forecast(name, len(weight), weight.shape[1], pivot, float(mean.sqrt()), rates.tolist())
+
+
+def _interpolate_entropy(deviation: Tensor) -> Tensor:
+    """Entropy in bits of a rounded Gaussian with this standard deviation in steps."""
+    octaves, entropies = _entropy_table()
+    position = (torch.log2(deviation.cpu().clamp(2.0**-8, 2.0**16)) - octaves[0]) / (octaves[1] - octaves[0])
+    below = position.long().clamp(0, len(octaves) - 2)
+    share = (position - below).clamp(0, 1)
+    return torch.lerp(entropies[below], entropies[below + 1], share)
+
+
+@cache
+def _entropy_table() -> tuple[Tensor, Tensor]:
+    octaves = torch.arange(-8, 16.01, 1 / 16, dtype=torch.float64)
+    deviations = 2.0**octaves
+    entropies = torch.log2(deviations * math.sqrt(2 * math.pi * math.e))
+    fine = deviations < 16
+    edges = torch.arange(-128, 128, dtype=torch.float64) - 0.5
+    below = torch.special.ndtr(edges / deviations[fine, None])
+    shares = below.diff(dim=1)
+    entropies[fine] = -torch.special.xlogy(shares, shares).sum(1) / math.log(2)
+    return octaves.float(), entropies.float()

@@ -1,0 +1,149 @@
+"""Nearest plane for a layer whose output errors the loss weighs jointly.
+
+With H the Hessian of the inputs and G the covariance of the loss's gradients by the outputs, the loss grows by
+½ tr(G E H Eᵀ) for an error E of the weight: a lattice with the basis R_H ⊗ R_G, of which Babai's algorithm decides one
+integer after the other. In one column the rows are decided from the last to the first, each carrying its error into
+the rows before it,
+
+    t_ji = c_ji + Σ_{l>i} (G_il / G_ii)(c_jl − s z_jl),    c_ji = w_ji + Σ_{k>j} (R_jk / R_jj)(w_ki − s z_ki),
+
+R and G standing for the triangular factors. G is kept in blocks of consecutive rows, which are problems of their own.
+(Kronecker-factored Hessians: arXiv 2505.22988, YAQA.)
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_babai.format.lattice import MAX_INTEGER
+from vllm_babai.format.parallel import parallel_map
+from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.offline.factor import Factor, factorize
+from vllm_babai.offline.nearest_plane import NearestPlane
+
+LEAF = 16
+ROW_DAMPING = 0.05
+
+
+@dataclass(frozen=True)
+class RowGeometry:
+    """G, factored. blocks: first row and factor of each. pivots: D by row, in the rows' own order, float64 [out]."""
+
+    blocks: list[tuple[int, Factor]]
+    pivots: Tensor
+
+
+def row_geometry(covariance: Tensor) -> RowGeometry:
+    """Factor the blocks of G; covariance: [out, block], row i's covariances with the rows of its own block."""
+    out, size = covariance.shape
+    blocks, pivots = [], torch.empty(out, dtype=torch.float64)
+    for first in range(0, out, size):
+        rows = covariance[first : first + size]
+        factor = factorize(rows[:, : len(rows)], "activation", ROW_DAMPING)
+        pivots[first + factor.order] = factor.pivots
+        blocks.append((first, factor))
+    return RowGeometry(blocks, pivots)
+
+
+def joint_plane(
+    weight: Tensor, factor: Factor, rows: RowGeometry, steps: Tensor, shrinkage: Tensor | float = 1.0
+) -> NearestPlane:
+    """Decide every integer, like `nearest_plane.nearest_plane` and with its shapes; blocks of rows run in parallel.
+
+    Runs on the CPU, wherever the tensors are. Raises QuantizationError when an integer exceeds 2¹⁵ − 1.
+    """
+    full_steps = steps.expand_as(weight).cpu()
+    inverse = (shrinkage / steps).expand_as(weight).cpu()
+    host, upper = weight.cpu(), factor.unit_upper.cpu()
+    found = NearestPlane(*(torch.empty_like(host) for _ in range(3)))
+
+    def solve(block: tuple[int, Factor]) -> None:
+        first, row_factor = block
+        rows_in_order = first + row_factor.order
+        own, own_steps, own_inverse = (t[:, rows_in_order].contiguous() for t in (host, full_steps, inverse))
+        solved = _solve_block(own, own_steps, own_inverse, upper, row_factor.unit_upper.T.contiguous())
+        for whole, columns in zip((found.integers, found.residual, found.targets), solved, strict=True):
+            whole[:, rows_in_order] = columns
+
+    parallel_map(solve, rows.blocks)
+    largest = float(found.integers.abs().max()) if weight.numel() else 0.0
+    if not largest <= MAX_INTEGER:
+        raise QuantizationError(f"an integer reached {largest:.0f}, more than {MAX_INTEGER}: the step is too small")
+    return NearestPlane(*(t.to(weight.device) for t in (found.integers, found.residual, found.targets)))
+
+
+def joint_error(residual: Tensor, factor: Factor, rows: RowGeometry) -> float:
+    """tr(G E H Eᵀ), damping included; twice the loss in nats per token that the error E is expected to cost."""
+    errors = factor.unit_upper @ residual
+    total = 0.0
+    for first, row_factor in rows.blocks:
+        part = errors[:, first + row_factor.order.to(errors.device)].double()
+        part = part @ row_factor.unit_upper.double().to(errors.device).T
+        total += float(factor.pivots @ part.square() @ row_factor.pivots.to(errors.device))
+    return total
+
+
+def _solve_block(
+    weight: Tensor, steps: Tensor, inverse: Tensor, upper: Tensor, row_upper_t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers, residual and targets of one block of rows, [n, rows]; see `nearest_plane` for the recursion."""
+    carried = weight.clone()
+    integers, residual, targets = (torch.empty_like(weight) for _ in range(3))
+    arrays = [t.numpy() for t in (carried, weight, steps, inverse, upper, row_upper_t, integers, residual, targets)]
+    leaf = _compiled_leaf()
+
+    def solve(low: int, high: int) -> None:
+        if high - low > LEAF:
+            middle = low + (high - low) // 2
+            solve(middle, high)
+            carried[low:middle].addmm_(upper[low:middle, middle:high], residual[middle:high])
+            solve(low, middle)
+        else:
+            leaf(low, high, *arrays)
+
+    solve(0, len(weight))
+    return integers, residual, targets
+
+
+@cache
+def _compiled_leaf() -> Any:
+    """Compile on first use; numba takes a second to import."""
+    from numba import njit
+
+    return njit(nogil=True)(_leaf)
+
+
+def _leaf(
+    low: int,
+    high: int,
+    carried: np.ndarray,
+    weight: np.ndarray,
+    steps: np.ndarray,
+    inverse: np.ndarray,
+    upper: np.ndarray,
+    row_upper_t: np.ndarray,
+    integers: np.ndarray,
+    residual: np.ndarray,
+    targets: np.ndarray,
+) -> None:
+    """Decide columns high − 1 … low, the rows of each from the last to the first."""
+    rows = weight.shape[1]
+    for j in range(high - 1, low - 1, -1):
+        column, target = carried[j], targets[j]
+        for k in range(j + 1, high):
+            share = upper[j, k]
+            for i in range(rows):
+                column[i] += share * residual[k, i]
+        target[:] = column
+        for i in range(rows - 1, -1, -1):
+            integer = np.rint(target[i] * inverse[j, i])
+            value = integer * steps[j, i]
+            integers[j, i] = integer
+            residual[j, i] = weight[j, i] - value
+            error = column[i] - value
+            for k in range(i):
+                target[k] += row_upper_t[i, k] * error
