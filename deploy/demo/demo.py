@@ -1,6 +1,6 @@
 """`make demo`: quantize the bundled model, serve it with vLLM, talk to it over the OpenAI API, and show what it cost.
 
-Everything it makes is under build/demo, where it stays: the quantized model can be served again from there.
+Runs in the root of the repository. Everything it makes stays in build/demo: the model can be served again from there.
 """
 
 import json
@@ -16,7 +16,7 @@ from rich.table import Table
 from server import ServerError, serving
 from text import CALIBRATION_MODULES, EVALUATION_MODULES, write_jsonl
 
-MODEL = Path(__file__).parent / "stdlib-6m"
+MODEL = Path("deploy/demo/stdlib-6m")
 WORK = Path("build/demo")
 QUANTIZED = WORK / "stdlib-6m-babai-4bit"
 BABAI = Path(sys.executable).with_name("babai")
@@ -26,7 +26,7 @@ CHAT_MESSAGE = 'class Queue:\n    """A first-in, first-out queue."""\n\n    def 
 # Greedy, but kept from going round in circles as so small a model does.
 SAMPLING = {"temperature": 0, "frequency_penalty": 0.8, "max_tokens": 80}
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def babai(*arguments: str) -> None:
