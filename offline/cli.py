@@ -126,16 +126,16 @@ def eval(
 def convert(
     source: Annotated[Path, typer.Argument(help="Quantized folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    to: Annotated[Literal["dense"], typer.Option(help="What to convert to.")],
+    to: Annotated[Literal["dense", "ssqr", "hptq"], typer.Option(help="What to convert to.")],
     dtype: Annotated[str, typer.Option(help="Of the dense weights; float32 is exact.")] = "float32",
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a quantized folder: `dense` is an ordinary Hugging Face checkpoint of the dequantized weights."""
-    from vllm_babai.offline.checkpoint import torch_dtype
-    from vllm_babai.offline.dense import convert_to_dense
+    """Convert a quantized folder: to the other format, the same lattice points, or to an ordinary dense checkpoint."""
+    from vllm_babai.offline.checkpoint import open_checkpoint, torch_dtype
+    from vllm_babai.offline.convert import convert as run
 
-    folder = convert_to_dense(source, out, torch_dtype(dtype), overwrite=overwrite)
-    typer.echo(f"{folder}: {to}, {dtype}")
+    folder = run(source, out, to, torch_dtype(dtype), overwrite=overwrite)
+    typer.echo(f"{folder}: {to}, {open_checkpoint(folder).bytes() / 1e6:.1f} MB")
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """From a checkpoint, dense or quantized, back to dense weights."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,14 +13,6 @@ from transformers.utils.logging import disable_progress_bar
 from vllm_babai.format import FORMATS, SSQR, CheckpointConfig, FormatError, LatticeWeight, integer_range
 from vllm_babai.offline.checkpoint import Checkpoint, open_checkpoint
 from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.offline.output import (
-    copy_companions,
-    partial_folder,
-    publish,
-    save_atomically,
-    write_config,
-    write_index,
-)
 
 Stored = tuple[str, LatticeWeight, dict[str, Tensor], tuple[int, int] | None]
 
@@ -76,31 +67,3 @@ def load_dense(folder: str | Path, device: torch.device) -> nn.Module:
     disable_progress_bar()
     model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     return model.to(device).eval().requires_grad_(False)
-
-
-def convert_to_dense(source: str | Path, out: str | Path, dtype: torch.dtype, *, overwrite: bool = False) -> Path:
-    """Write the dense twin of a quantized checkpoint; exact in float32, every weight rounded once in other dtypes.
-
-    File by file, so that memory holds one of them. Raises QuantizationError when `source` is not quantized, or OUT
-    exists.
-    """
-    checkpoint, out = open_checkpoint(source), Path(out)
-    config = checkpoint.config()
-    if config.pop("quantization_config", None) is None:
-        raise QuantizationError(f"{source} is not quantized: it has no quantization_config")
-    if out.exists() and not overwrite:
-        raise QuantizationError(f"{out} exists: choose another folder, or pass --overwrite")
-    partial = partial_folder(out)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    files = sorted(set(checkpoint.files.values()))
-    for path in files:
-        names = sorted(name for name, file in checkpoint.files.items() if file == path)
-        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in dense_tensors(checkpoint, names)}
-        save_atomically(partial / path.name, tensors)
-    write_index(partial, [partial / path.name for path in files])
-    copy_companions(checkpoint, partial)
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    write_config(partial, config | {key: str(dtype).removeprefix("torch.")})
-    publish(partial, out)
-    return out
