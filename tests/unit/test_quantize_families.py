@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from vllm_babai.format import SSQR, CheckpointConfig
-from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
+from vllm_babai.offline import QuantizationError, QuantizeOptions, pipeline, quantize
+from vllm_babai.offline.calibration import calibration_tokens
 from vllm_babai.offline.dense import load_dense
 
 SIZES = {
@@ -94,6 +95,59 @@ def test_family(family: str, tmp_path: Path, short_text: Path, save_random_model
         change = (reference - original(tokens).logits).norm() / reference.norm()
     torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-5)
     assert 0.001 < change < 0.5
+
+
+def hessian_of(model: torch.nn.Module, linear: str, tokens: Tensor) -> Tensor:
+    """XᵀX / tokens of the inputs that a linear of the whole model sees."""
+    inputs: list[Tensor] = []
+    handle = model.get_submodule(linear).register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(tokens)
+    handle.remove()
+    return inputs[0].T @ inputs[0] / len(inputs[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "groups"),
+    [
+        ("llama", [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]),
+        ("phi3", [("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",)]),
+    ],
+)
+def test_every_linear_sees_what_the_quantized_ones_before_it_put_out(
+    family: str,
+    groups: list[tuple[str, ...]],
+    tmp_path: Path,
+    short_text: Path,
+    save_random_model: Any,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Tensor] = []
+
+    def spy(hessian: Tensor, order: Any, damping: float) -> Any:
+        seen.append(hessian)
+        return factorize(hessian, order, damping)
+
+    factorize = pipeline.factorize
+    monkeypatch.setattr(pipeline, "factorize", spy)
+    source = save_random_model(FAMILIES[family][0], tmp_path / "source")
+    out = quantize(source, tmp_path / "out", options(short_text, bits=2, sensitivity=False))
+    quantized, _ = with_decoded_weights(source, out)
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    growing = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    tokens = calibration_tokens(tokenizer, str(short_text), 8, 32, seed=0)
+
+    assert len(seen) == 2 * len(groups)
+    for index, hessian in enumerate(seen):
+        group = groups[index % len(groups)]
+        names = [n for n, _ in original.named_modules() if f".{index // len(groups)}." in n and n.endswith(group)]
+        expected, without = (hessian_of(model, names[0], tokens) for model in (growing, original))
+        error = (hessian - expected).norm()
+        assert error < 1e-4 * expected.norm(), names
+        assert index == 0 or error < 0.01 * (hessian - without).norm(), names
+        for name in names:
+            growing.get_submodule(name).weight.data = quantized.get_submodule(name).weight.data
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "qwen3", "phi3"])

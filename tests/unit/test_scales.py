@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm_babai.format import integer_range
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor, factorize
+from vllm_babai.offline.lattice import Lattice
 from vllm_babai.offline.layer import QuantizedLinear, quantize_ssqr
 from vllm_babai.offline.nearest_plane import expected_targets, nearest_plane
 
@@ -25,7 +26,7 @@ def random_layer(rows: int = 192, columns: int = 256, seed: int = 0) -> tuple[Te
 def quantized(
     weight: Tensor, factor: Factor, bits: int = 4, overflow: float = 0.01, group_size: int = -1
 ) -> QuantizedLinear:
-    return quantize_ssqr("layer", weight, factor, "activation", bits, group_size, overflow, seed=0)
+    return quantize_ssqr("layer", weight, Lattice(factor), "activation", bits, group_size, overflow, seed=0)
 
 
 def overflow_of(result: QuantizedLinear, bits: int) -> float:

@@ -1,0 +1,88 @@
+"""Joint nearest plane is Babai's algorithm on the Kronecker product of two lattices."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.offline.factor import Factor, factorize
+from vllm_babai.offline.joint_plane import RowGeometry, joint_plane, row_geometry
+from vllm_babai.offline.lattice import Lattice
+from vllm_babai.offline.nearest_plane import nearest_plane
+
+
+def covariance(n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(3 * n, n, generator=generator, dtype=torch.float64)
+    inputs = inputs @ (torch.eye(n) + torch.randn(n, n, generator=generator) / n**0.5).double()
+    return inputs.T @ inputs / len(inputs)
+
+
+def in_float64(factor: Factor) -> Factor:
+    return Factor(factor.unit_upper.double(), factor.pivots, factor.order, factor.damping)
+
+
+def random_layer(n: int, out: int, block: int, seed: int = 0) -> tuple[Tensor, Lattice]:
+    """Weight, [n, out], and lattice of n inputs and of outputs in blocks; float64."""
+    columns = in_float64(factorize(covariance(n, seed), "activation", 0.01))
+    blocks = torch.zeros(out, block, dtype=torch.float64)
+    for first in range(0, out, block):
+        size = min(block, out - first)
+        blocks[first : first + size, :size] = covariance(size, seed + first + 1)
+    rows = row_geometry(blocks)
+    rows = RowGeometry([(first, in_float64(factor)) for first, factor in rows.blocks], rows.pivots)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, out, generator=generator, dtype=torch.float64), Lattice(columns, rows)
+
+
+@settings(deadline=None, max_examples=20)
+@given(n=st.integers(1, 40), out=st.integers(1, 12), block=st.integers(1, 12), seed=st.integers(0, 2**32))
+def test_integers_are_those_of_the_kronecker_lattice(n: int, out: int, block: int, seed: int) -> None:
+    weight, lattice = random_layer(n, out, block, seed)
+    steps = 0.1 + torch.rand(1, out, dtype=torch.float64)
+    found = lattice.solve(weight, steps)
+    assert lattice.rows is not None
+    for first, factor in lattice.rows.blocks:
+        rows = first + factor.order
+        upper = torch.kron(lattice.columns.unit_upper, factor.unit_upper)
+        flat_weight, flat_steps = (t[:, rows].reshape(-1, 1) for t in (weight, steps.expand_as(weight)))
+        expected = nearest_plane(flat_weight, upper, flat_steps)
+        assert torch.equal(found.integers[:, rows].flatten(), expected.integers[:, 0])
+        torch.testing.assert_close(found.targets[:, rows].flatten(), expected.targets[:, 0])
+
+
+def test_error_and_its_bound() -> None:
+    weight, lattice = random_layer(60, 20, 8)
+    steps = torch.full((1, 20), 0.3, dtype=torch.float64)
+    residual = lattice.solve(weight, steps).residual
+    assert lattice.rows is not None
+    upper = lattice.columns.pivots.sqrt()[:, None] * lattice.columns.unit_upper
+    direct = 0.0
+    for first, factor in lattice.rows.blocks:
+        part = upper @ residual[:, first + factor.order] @ (factor.pivots.sqrt()[:, None] * factor.unit_upper).T
+        direct += float(part.square().sum())
+    assert lattice.error(residual) == pytest.approx(direct)
+    assert direct <= 3 * lattice.mean_error(steps, 20)
+
+
+def test_mean_error_of_uniform_targets() -> None:
+    weight, lattice = random_layer(200, 300, 100)
+    steps = torch.linspace(0.8, 1.2, 300, dtype=torch.float64)[None]
+    measured = lattice.error(lattice.solve(1000 * weight, steps).residual)
+    assert measured == pytest.approx(lattice.mean_error(steps, 300), rel=0.02)
+
+
+def test_independent_rows_are_plain_nearest_plane() -> None:
+    weight, lattice = random_layer(50, 10, 1)
+    steps = torch.full((1, 10), 0.3, dtype=torch.float64)
+    plain = nearest_plane(weight, lattice.columns.unit_upper, steps)
+    assert torch.equal(lattice.solve(weight, steps).integers, plain.integers)
+
+
+def test_an_integer_beyond_int16_is_an_error() -> None:
+    weight, lattice = random_layer(5, 4, 4)
+    assert lattice.rows is not None
+    with pytest.raises(QuantizationError, match="more than 32767: the step is too small"):
+        joint_plane(weight, lattice.columns, lattice.rows, torch.full((1, 4), 1e-6, dtype=torch.float64))
