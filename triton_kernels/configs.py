@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import triton
 
+from vllm_babai.triton_kernels.layout import ROW_ALIGNMENT, SMALLEST_ROWS
+
 BUCKETS = (1, 8, 16, 32, 64)
 FOLDER = Path(__file__).parent / "configs"
 
@@ -25,6 +27,10 @@ class Config:
     warps: int
     stages: int
     programs_per_sm: int
+
+    def __post_init__(self) -> None:
+        if self.rows < SMALLEST_ROWS or ROW_ALIGNMENT % self.rows:
+            raise ValueError(f"configuration of {self.rows} rows; they must be {SMALLEST_ROWS}, 64 or {ROW_ALIGNMENT}")
 
 
 @dataclass(frozen=True)

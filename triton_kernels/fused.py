@@ -7,6 +7,7 @@ Weights are the wide operand of the matrix product and tokens the narrow one, so
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +19,7 @@ from vllm_babai.triton_kernels.configs import Config, Target
 from vllm_babai.triton_kernels.layout import SLOT, Geometry
 from vllm_babai.triton_kernels.unpack import load_words, matrix_product, round_to, unpack_slot
 
-SMALLEST_DOT = 8  # tokens that a matrix product takes at least
+SMALLEST_DOT = {"cuda": 8, "hip": 16, "interpreter": 8}  # tokens that a matrix instruction takes at least
 OVERFLOW_TOKENS = 16  # tokens that the overflow part takes at a time
 OVERFLOW_ELEMENTS = 2048  # products that the overflow part computes at a time, at most
 SUM_ELEMENTS = 4096  # partial sums that are loaded at a time, at most
@@ -63,36 +64,36 @@ def fused_kernel(
     shares = segments + splits
     rows = tile % row_blocks * ROWS + tl.arange(0, ROWS)
     first_token = tile // row_blocks * BM
-    tile_ptr = partials_ptr + tile * shares * (BM * ROWS)
-    partial_ptrs = tile_ptr + share * (BM * ROWS) + tl.arange(0, ROWS)[:, None]
     if share < segments:
         _overflow_share(
-            xt_ptr, scales_ptr, entries_ptr, starts_ptr, partial_ptrs, share, rows, first_token, m,
-            1 if STORED_M == 1 else tl.cdiv(m, BM) * BM, padded_rows, group_size, FLUSH, ROWS, BM, OVERFLOW_M,
-            OVERFLOW_STEP,
+            xt_ptr, scales_ptr, entries_ptr, starts_ptr, partials_ptr, tile * shares + share, share, rows,
+            first_token, m, 1 if STORED_M == 1 else tl.cdiv(m, BM) * BM, padded_rows, group_size, FLUSH, ROWS, BM,
+            OVERFLOW_M, OVERFLOW_STEP,
         )  # fmt: skip
     else:
         per_split = tl.cdiv(column_blocks, splits)
         first_block = (share - segments) * per_split
         last_block = tl.minimum(first_block + per_split, column_blocks)
-        total = _dense_share(
-            x_ptr, dense_ptr, scales_ptr, rows, first_token, first_block, last_block, m, k, padded_rows, column_blocks,
-            group_size, BITS, BLOCK_COLUMNS, FLUSH, EVEN_K, ROWS, BM, STAGES, BACKEND,
+        _dense_share(
+            x_ptr, dense_ptr, scales_ptr, partials_ptr, tile * shares + share, rows, first_token, first_block,
+            last_block, m, k, padded_rows, column_blocks, group_size, BITS, BLOCK_COLUMNS, FLUSH, EVEN_K, ROWS, BM,
+            STAGES, BACKEND,
         )  # fmt: skip
-        tokens = tl.arange(0, BM)[None, :]
-        tl.store(partial_ptrs + tokens * ROWS, total, mask=first_token + tokens < m)
 
     tl.debug_barrier()  # all of this program's stores come before its arrival
     arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
     if arrived == shares - 1:
-        _sum_shares(tile_ptr, y_ptr, rows, first_token, m, n, shares, ROWS, BM, STORED_M, SHARES_STEP, BACKEND)
+        _sum_shares(
+            partials_ptr, y_ptr, tile * shares, rows, first_token, m, n, shares, ROWS, BM, STORED_M, SHARES_STEP,
+            BACKEND,
+        )  # fmt: skip
         tl.store(counters_ptr + tile, 0)
 
 
 @triton.jit
 def _sum_shares(
-    tile_ptr, y_ptr, rows, first_token, m, n, shares, ROWS: tl.constexpr, BM: tl.constexpr, STORED_M: tl.constexpr,
-    SHARES_STEP: tl.constexpr, BACKEND: tl.constexpr,
+    partials_ptr, y_ptr, first_slot, rows, first_token, m, n, shares, ROWS: tl.constexpr, BM: tl.constexpr,
+    STORED_M: tl.constexpr, SHARES_STEP: tl.constexpr, BACKEND: tl.constexpr,
 ):  # fmt: skip
     """Add up a tile's partial sums, several at once for the sake of latency, and write the output."""
     tokens = tl.arange(0, STORED_M)
@@ -100,7 +101,8 @@ def _sum_shares(
     total = tl.zeros((STORED_M, ROWS), tl.float32)
     for first in range(0, shares, SHARES_STEP):
         share = first + tl.arange(0, SHARES_STEP)
-        ptrs = tile_ptr + (share[:, None] * BM + tokens[None, :])[:, :, None] * ROWS + tl.arange(0, ROWS)[None, None, :]
+        offsets = ((first_slot + share)[:, None] * BM + tokens[None, :]) * ROWS
+        ptrs = partials_ptr + offsets[:, :, None] + tl.arange(0, ROWS)[None, None, :]
         mask = (share < shares)[:, None, None] & inside[None, :, :]
         total += tl.sum(tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg"), 0)
     y_ptrs = y_ptr + (first_token + tokens).to(tl.int64)[:, None] * n + rows[None, :]
@@ -109,11 +111,11 @@ def _sum_shares(
 
 @triton.jit
 def _dense_share(
-    x_ptr, dense_ptr, scales_ptr, rows, first_token, first_block, last_block, m, k, padded_rows, column_blocks,
-    group_size, BITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, FLUSH: tl.constexpr, EVEN_K: tl.constexpr,
-    ROWS: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, BACKEND: tl.constexpr,
+    x_ptr, dense_ptr, scales_ptr, partials_ptr, slot_index, rows, first_token, first_block, last_block, m, k,
+    padded_rows, column_blocks, group_size, BITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, FLUSH: tl.constexpr,
+    EVEN_K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, BACKEND: tl.constexpr,
 ):  # fmt: skip
-    """Sum over some column blocks, scaled, fp32 [ROWS, BM]."""
+    """Write the sum over some column blocks, scaled, to a partial [BM, ROWS]."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WORDS: tl.constexpr = 3 if BITS == 3 else 1
     TILE_WORDS: tl.constexpr = 64 * 16
@@ -147,13 +149,13 @@ def _dense_share(
                     group_total = tl.zeros((ROWS, BM), tl.float32)
     if FLUSH == 0:
         total = total * tl.load(scales_ptr + rows).to(tl.float32)[:, None]
-    return total
+    _store_partial(partials_ptr, slot_index, total, tl.arange(0, BM), m - first_token, ROWS, BM)
 
 
 @triton.jit
 def _overflow_share(
-    xt_ptr, scales_ptr, entries_ptr, starts_ptr, partial_ptrs, segment, rows, first_token, m, token_stride, padded_rows,
-    group_size, FLUSH: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, OVERFLOW_M: tl.constexpr,
+    xt_ptr, scales_ptr, entries_ptr, starts_ptr, partials_ptr, slot_index, segment, rows, first_token, m, token_stride,
+    padded_rows, group_size, FLUSH: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, OVERFLOW_M: tl.constexpr,
     OVERFLOW_STEP: tl.constexpr,
 ):  # fmt: skip
     """Write the sum over the overflow entries of one segment, scaled, to a partial [BM, ROWS]."""
@@ -187,15 +189,21 @@ def _overflow_share(
         total = tl.sum(products, 1).reshape(ROWS, OVERFLOW_M)
         if FLUSH == 0:
             total = total * tl.load(scales_ptr + rows).to(tl.float32)[:, None]
-        ptrs = partial_ptrs + (tokens - first_token)[None, :] * ROWS
-        tl.store(ptrs, total, mask=tokens[None, :] < m)
+        _store_partial(partials_ptr, slot_index, total, tokens - first_token, m - first_token, ROWS, BM)
 
 
-def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int, backend: str) -> dict[str, int | str]:
+@triton.jit
+def _store_partial(partials_ptr, slot_index, total, tokens, present, ROWS: tl.constexpr, BM: tl.constexpr):
+    """Store some tokens' columns of a partial [BM, ROWS]; tokens from `present` on do not exist."""
+    ptrs = partials_ptr + (slot_index * BM + tokens)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
+    tl.store(ptrs, total, mask=(tokens < present)[None, :])
+
+
+def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int, backend: str) -> dict[str, Any]:
     """Compile-time constants of `fused_kernel` for a bucket of `tokens` tokens."""
     block = geometry.block_columns
     group_size = geometry.in_features // groups
-    block_m = max(tokens, SMALLEST_DOT)
+    block_m = max(tokens, SMALLEST_DOT[backend])
     overflow_m = min(tokens, OVERFLOW_TOKENS)
     return {
         "BITS": geometry.bits,

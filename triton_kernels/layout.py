@@ -1,10 +1,10 @@
 """The device layout: what the kernels read, made once at load from the hardware-neutral checkpoint.
 
 dense: int32 [row tiles, column blocks, words, TILE_ROWS, PAIRS]. A column block is cut into slots of 32 consecutive
-    input features; pair c of a slot (features 2c and 2c + 1) sits in the same bit field of the low and of the high half
-    of word c, so that one logic operation yields two 16-bit floats side by side. Field f of a half-word is slot f. Three
-    bits: five slots in each of three words, whose spare bits 15 and 31 together are the sixteenth slot, so that a
-    weight takes 3.0 bits exactly. Fields hold z + 2^(bits − 1).
+    input features; pair c of a slot (features 2c and 2c + 1) sits in the same bit field of the low and of the high
+    half of word c, so that one logic operation yields two 16-bit floats side by side. Field f of a half-word is slot
+    f. Three bits: five slots in each of three words, whose spare bits 15 and 31 together are the sixteenth slot, so
+    that a weight takes 3.0 bits exactly. Fields hold z + 2^(bits − 1).
 scales: bf16 [groups, padded out_features], so that neighbouring rows lie side by side.
 entries: int16 or int32 [entries], sorted by segment (2048 columns), row and column: bits 0…10 are the column in its
     segment, the rest the excess. What five bits of excess cannot say is spread over several entries of the same column;
@@ -29,6 +29,7 @@ SLOT = 2 * PAIRS
 ROW_ALIGNMENT = 128
 SEGMENT_BITS = 11
 SEGMENT = 1 << SEGMENT_BITS
+SMALLEST_ROWS = 32  # of an output tile of the fused kernel
 MAX_M_TILES = 8
 
 _SLOTS = {2: 8, 3: 16, 4: 4, 8: 2}
@@ -79,8 +80,8 @@ class Geometry:
 
     @property
     def counters(self) -> int:
-        """Arrival counters: one for every row tile and every tile of tokens."""
-        return self.padded_rows // TILE_ROWS * MAX_M_TILES
+        """Arrival counters: one for every output tile, were all of them as small as can be."""
+        return self.padded_rows // SMALLEST_ROWS * MAX_M_TILES
 
 
 def device_layout(
@@ -103,7 +104,7 @@ def device_layout(
         _pack_rows(unpack(rows.to(device), bits, in_features), geometry) for rows in qweight.split(_ROWS_AT_A_TIME)
     ]
     scales = torch.nn.functional.pad(scales.to(device).t(), (0, geometry.padded_rows - out_features))
-    entries, offsets = _pack_overflow(overflow, geometry)
+    entries, offsets = pack_overflow(overflow, geometry)
     return DeviceLayout(torch.cat(tiles), scales.contiguous(), entries.to(device), offsets.to(device))
 
 
@@ -139,7 +140,7 @@ def _combine(fields: Tensor, bits: int) -> Tensor:
     return word
 
 
-def _pack_overflow(overflow: Overflow, geometry: Geometry) -> tuple[Tensor, Tensor]:
+def pack_overflow(overflow: Overflow, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Overflow in coordinate form → entries and offsets of the device layout."""
     row, column, excess = (axis.cpu().long() for axis in (overflow.rows, overflow.columns, overflow.excess))
     if len(row) and (row.max() >= geometry.out_features or column.max() >= geometry.in_features):

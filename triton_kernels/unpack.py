@@ -58,15 +58,11 @@ def unpack_slot(words, SLOT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constex
 
     In the interpreter they come as fp32, for it cannot compute with bf16 (see `matrix_product`).
     """
+    FIELD: tl.constexpr = (0 if SLOT == 15 else SLOT % 5) if BITS == 3 else SLOT
     if BITS == 3 and SLOT == 15:
         word = (words[0] >> 15) & 0x00010001 | (words[1] >> 14) & 0x00020002 | (words[2] >> 13) & 0x00040004
-        FIELD: tl.constexpr = 0
-    elif BITS == 3:
-        word = words[SLOT // 5]
-        FIELD: tl.constexpr = SLOT % 5
     else:
-        word = words[0]
-        FIELD: tl.constexpr = SLOT
+        word = words[SLOT // 5 if BITS == 3 else 0]
     if BACKEND == "cuda":
         pairs = tl.inline_asm_elementwise(
             pair_assembly(BITS, FIELD, tl.float16 == DTYPE), "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
@@ -91,7 +87,7 @@ def load_words(pointers, BITS: tl.constexpr, WORD_STRIDE: tl.constexpr):
         second = tl.load(pointers + WORD_STRIDE, eviction_policy="evict_first")
         third = tl.load(pointers + 2 * WORD_STRIDE, eviction_policy="evict_first")
         return first, second, third
-    else:  # noqa: RET505  (without it the compiler sees two returns)
+    else:  # without it the compiler sees two return types
         return (first,)
 
 
@@ -100,7 +96,7 @@ def matrix_product(a, b, total, BACKEND: tl.constexpr):
     """total + a @ b in fp32. The interpreter takes bf16 for integers, so there the operands go in as fp32."""
     if BACKEND == "interpreter":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    else:  # noqa: RET505
+    else:
         return tl.dot(a, b, total)
 
 

@@ -1,0 +1,67 @@
+"""What the compilers make of the kernels for every GPU, against limits of the chips and the table `gate.json`.
+
+Each architecture is compiled by `gate.py` in a process of its own, without a GPU and without the interpreter. After a
+change that is meant to change the code: `python tests/kernels/gate.py --update`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+HERE = Path(__file__).parent
+RECORDED = json.loads((HERE / "gate.json").read_text())
+SHARED_MEMORY = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
+INSTRUCTIONS_PER_WEIGHT = {"4 bits, 1 token": 2.5, "3 bits, 1 token": 2.6}
+TENSOR_MEMORY = 512  # columns; more compiles to a trap
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_compiled_kernels(architecture: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(HERE / "gate.py"), architecture]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-4000:]
+    measured = json.loads(child.stdout)[architecture]
+    recorded = RECORDED["architectures"][architecture]
+    assert measured.keys() == recorded.keys()
+    for case, found in measured.items():
+        check_limits(architecture, case, found)
+        if triton.__version__ == RECORDED["triton"]:
+            check_against_table(f"{architecture}, {case}", found, recorded[case])
+
+
+def check_limits(architecture: str, case: str, found: dict[str, float]) -> None:
+    name = f"{architecture}, {case}"
+    assert found["spills"] == 0, f"{name}: registers are spilled"
+    assert found["shared"] <= SHARED_MEMORY[architecture], f"{name}: {found['shared']} bytes of shared memory"
+    assert found["tensor_memory"] <= TENSOR_MEMORY, f"{name}: {found['tensor_memory']} columns of tensor memory"
+    if case.startswith("dequantize"):
+        assert found["wide_loads"] or case.endswith("overflow"), f"{name}: no 128-bit loads"
+        return
+    assert found["wide_loads"], f"{name}: no 128-bit loads"
+    assert found["matrix_instructions"], f"{name}: no matrix instructions"
+    ceiling = INSTRUCTIONS_PER_WEIGHT.get(case, float("inf"))
+    assert found.get("instructions_per_weight", 0) <= ceiling, f"{name}: more than {ceiling} instructions per weight"
+
+
+def check_against_table(name: str, found: dict[str, float], recorded: dict[str, float]) -> None:
+    """No worse than what was recorded with the same compiler."""
+    for measure in ("instructions_per_weight", "shared"):
+        if measure in recorded:
+            assert found[measure] <= 1.02 * recorded[measure], f"{name}: {measure} has grown from {recorded[measure]}"
+    assert found["registers"] <= recorded["registers"] + 8, f"{name}: registers have grown"
+    for measure in ("wide_loads", "matrix_instructions"):
+        assert found[measure] >= min(1, recorded[measure]), f"{name}: {measure} are gone"

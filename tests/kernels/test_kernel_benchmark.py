@@ -1,0 +1,66 @@
+"""The parts of the kernel benchmark that need no GPU, on made-up timings."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from rich.console import Console
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kernels.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("kernel_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def report(benchmark: ModuleType):
+    timings = [
+        benchmark.Timing(layer, kernel, *shape, tokens, bytes_each * shape[0] * shape[1] / 1e12, 10**6)
+        for layer, shape in (("small", (1000, 1000)), ("large", (4000, 1000)))
+        for kernel, bytes_each in ((benchmark.BASELINE, 2.0), ("babai 4 bits", 0.5))
+        for tokens in (1, 64)
+    ]
+    return benchmark.Report("Made-up GPU", 4e12, timings)
+
+
+def test_speedup_and_bandwidth(benchmark: ModuleType, report) -> None:
+    babai = next(timing for timing in report.timings if timing.kernel == "babai 4 bits")
+    assert report.speedup(babai) == pytest.approx(4.0)
+    assert report.bandwidth(babai) == pytest.approx(0.5)
+
+
+def test_table_shows_every_layer_and_kernel(benchmark: ModuleType, report) -> None:
+    console = Console(width=160, record=True)
+    console.print(benchmark.table(report))
+    text = console.export_text()
+    assert text.count("babai 4 bits") == 2
+    assert "4.00 50%" in text and "M=64" in text and "Made-up GPU" in text
+
+
+def test_plot_is_written(benchmark: ModuleType, report, tmp_path: Path) -> None:
+    benchmark.plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_peer_that_fails_is_left_out(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(record=True)
+    monkeypatch.setitem(benchmark.PEERS, "broken", lambda weight: 1 / 0)
+    assert not list(benchmark.time_peer("layer", "broken", (8, 8), torch.device("cpu"), (1,), console))
+    assert "broken left out" in console.export_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    child = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
+    assert child.returncode == 1
+    assert "needs a GPU" in child.stderr

@@ -1,0 +1,100 @@
+"""Configuration tables, the search that fills them, and the device layout's own checks. Nothing is launched."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from vllm_babai.format import BIT_WIDTHS, FormatError, Overflow, pack, packed_bytes
+from vllm_babai.triton_kernels import device_layout
+from vllm_babai.triton_kernels.configs import BUCKETS, FOLDER, Config, Entry, Table, Target, bucket, table_for
+from vllm_babai.triton_kernels.layout import MAX_M_TILES, Geometry
+from vllm_babai.triton_kernels.tune import Problem, candidates, search, tune
+
+NOTHING = Overflow(*(torch.empty(0, dtype=torch.int32) for _ in range(3)))
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_tables_are_complete(path: Path) -> None:
+    table = Table.read(path)
+    assert 1 < table.dequantize_from <= MAX_M_TILES * BUCKETS[-1] + 1
+    for bits in BIT_WIDTHS:
+        for tokens in BUCKETS:
+            assert table.lookup(bits, tokens, 100, 100).warps in (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "used"), [("sm_90", "sm_90"), ("sm_87", "sm_86"), ("sm_121", "sm_120"), ("sm_75", "sm_80")]
+)
+def test_unknown_gpus_take_the_next_older_architecture(architecture: str, used: str) -> None:
+    target = Target("cuda", architecture, "Unheard-of GPU", 100)
+    assert table_for(target) == Table.read(FOLDER / f"{used}.json")
+
+
+def test_lookup_takes_the_nearest_shape(tmp_path: Path) -> None:
+    small, large = Config(64, 2, 4, 8), Config(128, 4, 3, 2)
+    entries = (Entry(4, 1, 1024, 1024, small), Entry(4, 1, 28672, 4096, large), Entry(4, 8, 28672, 4096, small))
+    table = Table(257, entries)
+    assert table.lookup(4, 1, 2048, 1024) == small
+    assert table.lookup(4, 1, 14336, 4096) == large
+    with pytest.raises(LookupError, match="2 bits and 1 tokens"):
+        table.lookup(2, 1, 64, 64)
+    table.write(tmp_path / "table.json")
+    assert Table.read(tmp_path / "table.json") == table
+
+
+def test_buckets() -> None:
+    assert [bucket(m) for m in (1, 2, 8, 9, 64, 65, 300)] == [1, 8, 8, 16, 64, 64, 64]
+
+
+def test_a_configuration_must_divide_the_padded_rows() -> None:
+    with pytest.raises(ValueError, match="48 rows"):
+        Config(48, 2, 2, 2)
+
+
+def test_search_takes_the_fastest_that_fits() -> None:
+    problem = Problem(Geometry(4, 4096, 4096), 1)
+
+    def measure(config: Config) -> float:
+        if config.stages == 5:
+            raise OutOfResources(2, 1, "shared memory")
+        return abs(config.programs_per_sm - 4) + 1 / config.stages + config.rows + config.warps
+
+    assert search(problem, measure) == Config(64, 2, 4, 4)
+    assert len(set(candidates(problem))) > 50
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_needs_a_gpu() -> None:
+    with pytest.raises(RuntimeError, match="need a GPU"):
+        tune(torch.device("cpu"))
+
+
+def test_layout_errors() -> None:
+    qweight, scales = pack(torch.zeros(4, 96, dtype=torch.int16), 4), torch.ones(4, 1).bfloat16()
+    with pytest.raises(FormatError, match="does not hold rows"):
+        device_layout(qweight[:, 1:], scales, NOTHING, 4, 96, "cpu")
+    with pytest.raises(ValueError, match="scales are"):
+        device_layout(qweight, scales[:3], NOTHING, 4, 96, "cpu")
+    with pytest.raises(ValueError, match="multiple of 32"):
+        device_layout(qweight, scales.expand(-1, 4), NOTHING, 4, 96, "cpu")
+    with pytest.raises(ValueError, match="kernels for"):
+        device_layout(qweight, scales, NOTHING, 5, 96, "cpu")
+    outside = Overflow(*(torch.tensor([4], dtype=torch.int32) for _ in range(3)))
+    with pytest.raises(FormatError, match="leaves the matrix"):
+        device_layout(qweight, scales, outside, 4, 96, "cpu")
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+def test_layout_takes_the_bits_that_it_says(bits: int) -> None:
+    """Exactly `bits` for a weight where the sizes are whole, 16 bits for an overflow entry, row starts aside."""
+    rows, columns = 128, 1024
+    low = -(1 << (bits - 1))
+    qweight = pack(torch.full((rows, columns), low, dtype=torch.int16), bits)
+    place = torch.arange(0, rows * columns, 97, dtype=torch.int32)
+    overflow = Overflow(place // columns, place % columns, torch.full_like(place, -3))
+    layout = device_layout(qweight, torch.ones(rows, 1).bfloat16(), overflow, bits, columns, "cpu")
+    assert layout.dense.nbytes == rows * packed_bytes(columns, bits)
+    assert layout.entries.nbytes == 2 * len(place)
+    assert not layout.dense.any()  # fields hold z − low
