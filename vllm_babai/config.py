@@ -11,6 +11,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm_babai.format import CheckpointConfig, LayerScheme
 from vllm_babai.format.config import QUANT_METHOD
 from vllm_babai.linear import BabaiLinearMethod
+from vllm_babai.progress import LoadProgress
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -38,6 +39,7 @@ class BabaiConfig(QuantizationConfig):
                 "make one with: babai quantize MODEL OUT --format ssqr --bits 4"
             )
         self.checkpoint = checkpoint
+        self.progress = LoadProgress()
 
     def __repr__(self) -> str:
         return f"BabaiConfig({self.checkpoint})"
@@ -87,7 +89,7 @@ class BabaiConfig(QuantizationConfig):
         scheme = self._common_scheme(prefix, names)
         if scheme is None:
             return UnquantizedLinearMethod()
-        return BabaiLinearMethod(self.checkpoint.format, scheme, prefix, names)
+        return BabaiLinearMethod(self.checkpoint.format, scheme, prefix, names, self.progress)
 
     def _checkpoint_names(self, prefix: str) -> list[str]:
         """Names that the linears fused in the layer `prefix` have in the checkpoint, in the order of their rows."""

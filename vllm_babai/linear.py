@@ -11,6 +11,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 from vllm_babai import ops
 from vllm_babai.format import FormatError, LayerScheme
 from vllm_babai.parameter import StoredParameter
+from vllm_babai.progress import LoadProgress
 from vllm_babai.reader import READERS, read_layer
 
 LAYOUT_NAMES = ("qweight", "scales", "overflow_entries", "overflow_offsets")
@@ -22,13 +23,16 @@ class BabaiLinearMethod(LinearMethodBase):
 
     format_name: format of the checkpoint. scheme: how the linears fused in this layer are stored.
     prefix: name of the layer in vLLM. names: names of those linears in the checkpoint, in the order of their rows.
+    progress: of the model's layers.
     """
 
-    def __init__(self, format_name: str, scheme: LayerScheme, prefix: str, names: list[str]) -> None:
+    def __init__(
+        self, format_name: str, scheme: LayerScheme, prefix: str, names: list[str], progress: LoadProgress
+    ) -> None:
         if format_name not in READERS:
             raise FormatError(f"{prefix}: checkpoint format {format_name!r} is unknown; known are {sorted(READERS)}")
         self.reader = READERS[format_name]
-        self.scheme, self.prefix, self.names = scheme, prefix, names
+        self.scheme, self.prefix, self.names, self.progress = scheme, prefix, names, progress
 
     def create_weights(
         self,
@@ -61,6 +65,7 @@ class BabaiLinearMethod(LinearMethodBase):
                 dtype=dtype, rows=self.out_features, columns=self.in_features, weight_loader=loader
             )
             layer.register_parameter(name, parameter)
+        self.progress.expect()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the stored tensors by the device layout. Raises FormatError that names the linear at fault."""
@@ -75,6 +80,7 @@ class BabaiLinearMethod(LinearMethodBase):
         for name, tensor in zip(LAYOUT_NAMES, layout, strict=True):
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         ops.warm_up(layout, self.bits, self.in_features, self.out_features, self.params_dtype)
+        self.progress.advance()
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] → x Wᵀ + bias, [..., out_features], in the dtype of x."""

@@ -7,14 +7,26 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vllm_babai.format import BIT_WIDTHS, FormatError, LayerScheme, Overflow, decode_overflow, packed_bytes, read_header
+from vllm_babai.format import (
+    BIT_WIDTHS,
+    FormatError,
+    LatticeWeight,
+    LayerScheme,
+    Overflow,
+    decode_overflow,
+    packed_bytes,
+    read_header,
+)
+from vllm_babai.format.hptq import decode_integers, read_blob
 from vllm_babai.format.ssqr import dense_crc
 from vllm_babai.parameter import Part
+
+HPTQ_OVERFLOW = 0.02  # of HPTQ in memory, at most: what the kernels multiply at next to no cost
 
 
 class Window(NamedTuple):
@@ -70,12 +82,14 @@ class RankWeight:
 class Reader:
     """What the plugin has to know of one checkpoint format.
 
-    tensors: dtype by name of those that a linear has. read(linear, scheme): one RankWeight per window, or FormatError.
+    tensors: dtype by name of those that a linear has. read(linear, scheme): a piece for each window, or FormatError.
+    stack: puts pieces of the layer below each other, and makes of them what the rank holds.
     column_multiple(scheme): where columns are divided among ranks, each takes a multiple of this.
     """
 
     tensors: dict[str, torch.dtype]
-    read: Callable[[StoredLinear, LayerScheme], list[RankWeight]]
+    read: Callable[[StoredLinear, LayerScheme], list[Any]]
+    stack: Callable[[list[Any]], Any]
     column_multiple: Callable[[LayerScheme], int]
 
 
@@ -97,9 +111,9 @@ def read_ssqr(linear: StoredLinear, scheme: LayerScheme) -> list[RankWeight]:
     for window in linear.windows:
         first, last = window.columns.start, window.columns.stop
         packed = slice(first * bits // 8, packed_bytes(last, bits))
-        groups = slice(scheme.groups(first), scheme.groups(last)) if scheme.group_size != -1 else slice(1)
         overflow = decode_overflow(blob, *window)
-        weights.append(RankWeight(bits, qweight[window.rows, packed], scales[window.rows, groups], overflow))
+        scales_of_window = scales[window.rows, _groups(window, scheme)]
+        weights.append(RankWeight(bits, qweight[window.rows, packed], scales_of_window, overflow))
     return weights
 
 
@@ -109,19 +123,61 @@ def ssqr_column_multiple(scheme: LayerScheme) -> int:
     return whole_bytes if scheme.group_size == -1 else math.lcm(whole_bytes, scheme.group_size)
 
 
+def read_hptq(linear: StoredLinear, scheme: LayerScheme) -> list[LatticeWeight]:
+    """Check the tensors of an HPTQ linear against the layer and each other, then decode the tiles of the windows.
+
+    The scales of the result are per row, those of one matrix can then be stacked with another's.
+    """
+    blob, scales = linear.tensors["codes"], linear.tensors["scales"]
+    coded, (rows, columns) = read_blob(blob), linear.shape
+    stored, groups = coded.shape, scheme.groups(columns)
+    if (stored.rows, stored.columns) != (rows, columns):
+        raise FormatError(f"the layer is {rows} × {columns}, but codes is of {stored.rows} × {stored.columns}")
+    if coded.exponents is not None:
+        raise FormatError("it has a scale for every column, which cannot be served; `babai convert --to dense` can")
+    if scales.shape != (1, groups):
+        _check_shape("scales", scales, (rows, groups))
+    coded.check_scales(scales)
+    by_row = scales.expand(rows, -1)
+    return [
+        LatticeWeight(decode_integers(coded, *window), by_row[window.rows, _groups(window, scheme)])
+        for window in linear.windows
+    ]
+
+
+def hptq_column_multiple(scheme: LayerScheme) -> int:
+    """Columns that begin with a whole group."""
+    return max(1, scheme.group_size)
+
+
+def stack_lattice(weights: Sequence[LatticeWeight]) -> LatticeWeight:
+    """Put linears with scales per row below each other."""
+    return LatticeWeight(torch.cat([w.integers for w in weights]), torch.cat([w.scales for w in weights]))
+
+
+def pack_lattice(weights: Sequence[LatticeWeight]) -> RankWeight:
+    """Linears below each other, dense + sparse with the fewest bits that leave little overflow."""
+    from vllm_babai.format.split import split
+
+    weight = stack_lattice(weights)
+    bits, qweight, overflow = split(weight.integers, HPTQ_OVERFLOW)
+    return RankWeight(bits, qweight, weight.scales, overflow)
+
+
+HPTQ_TENSORS = {"codes": torch.uint8, "scales": torch.bfloat16}
 READERS = {
     "ssqr": Reader(
         tensors={"qweight": torch.uint8, "scales": torch.bfloat16, "overflow": torch.uint8},
         read=read_ssqr,
+        stack=RankWeight.stack,
         column_multiple=ssqr_column_multiple,
-    )
+    ),
+    "hptq": Reader(HPTQ_TENSORS, read=read_hptq, stack=pack_lattice, column_multiple=hptq_column_multiple),
 }
 
 
-def read_layer(
-    reader: Reader, parts: Mapping[str, list[Part]], sizes: Mapping[str, int], scheme: LayerScheme
-) -> RankWeight:
-    """Everything that a layer of one rank needs, from the parts that its parameters collected.
+def read_layer(reader: Reader, parts: Mapping[str, list[Part]], sizes: Mapping[str, int], scheme: LayerScheme) -> Any:
+    """What the reader makes of everything that a layer of one rank needs, from the parts that its parameters collected.
 
     parts: by tensor name. sizes: rows on this rank of each linear fused in the layer, by name, in order.
     Raises FormatError that names the linear for tensors that are missing, there twice, truncated or corrupt.
@@ -133,7 +189,7 @@ def read_layer(
         raise FormatError(
             f"{', '.join(sizes)}: some of {', '.join(parts)} are fused in the checkpoint and some are not"
         )
-    weights = []
+    pieces: list[Any] = []
     for groups in zip(*by_tensor, strict=True):
         same_linear = groups[0]
         tensors = {name: group[0].tensor.cpu() for name, group in zip(parts, groups, strict=True)}
@@ -141,10 +197,10 @@ def read_layer(
         linear = StoredLinear(tensors, shape, [Window(part.rows, part.columns) for part in same_linear])
         try:
             _check_dtypes(linear, reader)
-            weights += reader.read(linear, scheme)
+            pieces += reader.read(linear, scheme)
         except FormatError as error:
             raise FormatError(f"{_linear_at(same_linear[0].destination, sizes)}: {error}") from error
-    return RankWeight.stack(weights)
+    return reader.stack(pieces)
 
 
 def _check_complete(tensor_name: str, parts: list[Part], sizes: Mapping[str, int]) -> None:
@@ -177,6 +233,13 @@ def _dense_bits(scheme: LayerScheme) -> int:
     if scheme.bits not in BIT_WIDTHS:
         raise FormatError(f"bit width {scheme.bits} is unknown; this version reads {BIT_WIDTHS}")
     return scheme.bits
+
+
+def _groups(window: Window, scheme: LayerScheme) -> slice:
+    """Scales of a row that belong to the columns of a window."""
+    if scheme.group_size == -1:
+        return slice(1)
+    return slice(scheme.groups(window.columns.start), scheme.groups(window.columns.stop))
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:

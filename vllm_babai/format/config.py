@@ -8,11 +8,12 @@ from vllm_babai.format.packing import BIT_WIDTHS
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "babai"
+RESIDENCIES = ("packed", "coded")
 
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """How one linear is stored: dense bits (SSQR's alone), and input features per scale (−1: one scale per output row)."""
+    """How one linear is stored: dense bits (SSQR's alone), and input features per scale (−1: all that a row has)."""
 
     bits: int | None
     group_size: int = -1
@@ -28,6 +29,7 @@ class CheckpointConfig:
 
     format: name in `format.FORMATS`. bits, group_size: scheme of every linear that `overrides` does not name.
     ignore: full names of linears stored as they were. overrides: full name of a linear → fields of its LayerScheme.
+    residency: of HPTQ while it is served: `packed`, dense + sparse, or `coded`, decoded by every matmul.
     """
 
     format: str
@@ -35,10 +37,19 @@ class CheckpointConfig:
     group_size: int = -1
     ignore: list[str] = field(default_factory=list)
     overrides: dict[str, dict[str, int]] = field(default_factory=dict)
+    residency: str = "packed"
 
     def scheme(self, name: str) -> LayerScheme:
         """How the linear called `name` is stored."""
-        return LayerScheme(**{"bits": self.bits, "group_size": self.group_size, **self.overrides.get(name, {})})
+        fields: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, **self.overrides.get(name, {})}
+        return LayerScheme(**fields)
+
+    def check_residency(self) -> None:
+        """Raise FormatError for a residency that there is not, or not of this format."""
+        if self.residency not in RESIDENCIES:
+            raise FormatError(f"residency is {self.residency!r}; this version knows {RESIDENCIES}")
+        if self.residency == "coded" and self.format != "hptq":
+            raise FormatError(f"residency 'coded' is for checkpoints of format 'hptq'; this one is {self.format!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json."""
@@ -58,6 +69,7 @@ class CheckpointConfig:
         if unknown or missing:
             raise FormatError(f"quantization_config has unknown fields {sorted(unknown)}, lacks {sorted(missing)}")
         config = cls(**fields)
+        config.check_residency()
         for name in ("", *config.overrides):
             bits = config.scheme(name).bits
             if config.format == "ssqr" and bits not in BIT_WIDTHS:

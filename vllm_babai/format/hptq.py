@@ -80,6 +80,11 @@ class Coded:
     ends: np.ndarray
     words: np.ndarray
 
+    def check_scales(self, scales: Tensor) -> None:
+        """Raise FormatError when `scales` are not those that the blob was stored with."""
+        if _scales_crc(scales) != self.scales_crc:
+            raise FormatError("scales are corrupt: their CRC does not match the codes blob's")
+
 
 @dataclass(frozen=True)
 class HPTQ:
@@ -102,8 +107,7 @@ class HPTQ:
     def decode(self) -> LatticeWeight:
         """The stored lattice point. Raises FormatError on anything truncated or corrupt."""
         coded = read_blob(self.codes)
-        if _scales_crc(self.scales) != coded.scales_crc:
-            raise FormatError("scales are corrupt: their CRC does not match the codes blob's")
+        coded.check_scales(self.scales)
         scales = self.scales if coded.exponents is None else column_scales(self.scales, coded.exponents)
         return LatticeWeight(decode_integers(coded), scales)
 

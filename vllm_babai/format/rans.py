@@ -20,7 +20,7 @@ from vllm_babai.format.tables import CENTRE, ESCAPE, PRECISION, TOTAL
 INITIAL_STATE = 1 << 16
 
 
-def _compiled(function: Any) -> Any:
+def compiled(function: Any) -> Any:
     """Compile without the GIL, cached on disk where any cache directory can be written."""
     try:
         return njit(nogil=True, cache=True)(function)
@@ -28,7 +28,7 @@ def _compiled(function: Any) -> Any:
         return njit(nogil=True)(function)
 
 
-@_compiled
+@compiled
 def histogram(integers, row_class, column_class, offset, shift, first, last, counts):
     """Add the symbols of rows first … last − 1 to counts, int64 [contexts, ESCAPE + 1]."""
     for row in range(first, last):
@@ -39,7 +39,7 @@ def histogram(integers, row_class, column_class, offset, shift, first, last, cou
             counts[row_class[row] + column_class[column], symbol] += 1
 
 
-@_compiled
+@compiled
 def encode_tile(integers, tile, row_class, column_class, packed, offset, shift, lanes):
     """The stream of one tile, uint16 [words].
 
@@ -81,7 +81,7 @@ def encode_tile(integers, tile, row_class, column_class, packed, offset, shift, 
     return words[position:].copy()
 
 
-@_compiled
+@compiled
 def decode_tile(words, begin, end, tile, row_class, column_class, lut, offset, shift, lanes, out):
     """Decode words begin … end − 1 into out[tile], int16; False when they are no valid stream.
 
