@@ -13,6 +13,7 @@ from rich.table import Column, Table
 app = typer.Typer(help="Lattice quantization of large language models.", no_args_is_help=True, add_completion=False)
 
 Model = Annotated[str, typer.Argument(help="Model folder, or its name on the Hugging Face hub.")]
+Calibration = Annotated[str, typer.Option(help="Text: a .jsonl, .txt or .parquet file, or a dataset on the hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
 
@@ -25,13 +26,15 @@ def quantize(
     bits: Annotated[int, typer.Option(help="SSQR: dense bits per weight: 2, 3, 4 or 8.")] = 4,
     overflow: Annotated[float, typer.Option(help="SSQR: share of weights stored sparsely.")] = 0.01,
     rate: Annotated[float, typer.Option(help="HPTQ: bits per weight, everything counted.")] = 3.125,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="SSQR: bits per weight of the whole model, shared out among linears."),
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Input features per scale: -1 (whole rows), 32, 64 or 128.")] = -1,
     order: Annotated[
         Literal["min-pivot", "activation", "natural", "reverse"], typer.Option(help="Order of nearest plane.")
     ] = "activation",
-    calibration: Annotated[
-        str, typer.Option(help="Text: a .jsonl, .txt or .parquet file, or a dataset on the hub.")
-    ] = "NeelNanda/pile-10k",
+    calibration: Calibration = "NeelNanda/pile-10k",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens in each; 0: 2048, or fewer if the model has.")] = 0,
     damping: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a share of its mean.")] = 0.01,
@@ -53,6 +56,7 @@ def quantize(
         bits=bits,
         overflow=overflow,
         rate=rate,
+        target_bits=target_bits,
         group_size=group_size,
         order=order,
         calibration=calibration,
@@ -72,11 +76,20 @@ def quantize(
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="Quantized folder.")], as_json: Json = False) -> None:
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Quantized folder.")],
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the distribution of the integers.")] = None,
+    as_json: Json = False,
+) -> None:
     """Show what a quantized folder holds, layer by layer; everything stored is decoded and checked."""
     from vllm_babai.offline.inspection import inspect as look
+    from vllm_babai.offline.inspection import integer_counts
 
     found = look(folder)
+    if plot is not None:
+        from vllm_babai.offline.plots import plot_integers
+
+        plot_integers(integer_counts(folder), plot)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
         return
@@ -91,6 +104,44 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Quantized folder.")], a
     console.print(table)
     weights, size = f"{found.quantized_weights:,} quantized weights", f"{found.checkpoint_bytes / 1e6:.1f} MB in all"
     console.print(f"{found.format}: {found.bits_per_weight:.3f} bits per weight over {weights}, {size}")
+
+
+@app.command()
+def predict(
+    model: Model,
+    target_bits: Annotated[float, typer.Option(help="Bits per weight, everything counted.")],
+    format: Annotated[Literal["ssqr", "hptq"], typer.Option(help="Checkpoint format.")] = "ssqr",
+    calibration: Calibration = "NeelNanda/pile-10k",
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in each; 0: 2048, or fewer if the model has.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the trade-off curve.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what MODEL will be like at a size, and where its bits go, without quantizing it."""
+    from vllm_babai.offline.options import QuantizeOptions
+    from vllm_babai.offline.predict import predict as run
+
+    goal = {"rate": target_bits} if format == "hptq" else {"target_bits": target_bits}
+    chosen = {"calibration": calibration, "samples": samples, "sequence_length": sequence_length}
+    found = run(model, QuantizeOptions(format=format, **goal, **chosen))
+    if plot is not None:
+        from vllm_babai.offline.plots import plot_tradeoff
+
+        plot_tradeoff(found.curves, (found.rate, found.loss), plot)
+    if as_json:
+        typer.echo(json.dumps(asdict(found) | {"perplexity_factor": found.perplexity_factor}, indent=2))
+        return
+    width = max(len(linear.name) for linear in found.plan)
+    table = Table(Column("linear", min_width=width), "bits", "loss", "dense", "overflow")
+    for linear in found.plan:
+        dense = "" if linear.bits is None else str(linear.bits)
+        overflow = "" if linear.overflow is None else f"{linear.overflow:.2%}"
+        table.add_row(linear.name, f"{linear.rate:.3f}", f"{linear.loss:.6f}", dense, overflow)
+    console = Console()
+    console.print(table)
+    low, high = found.perplexity_factor
+    console.print(f"{found.rate:.3f} bits per weight, {found.checkpoint_bytes / 1e6:.1f} MB in all")
+    console.print(f"expected loss {found.loss:.5f} nats per token: perplexity × {low:.4f} to {high:.4f}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ from vllm_babai.format import BIT_WIDTHS, FORMATS, HPTQ, SSQR, CheckpointConfig,
 from vllm_babai.offline.checkpoint import Checkpoint, open_checkpoint
 from vllm_babai.offline.dense import dense_tensors, stored_linears
 from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.offline.fusion import fused_with
 from vllm_babai.offline.output import (
     REPORT,
     copy_companions,
@@ -24,7 +25,6 @@ from vllm_babai.offline.output import (
 )
 
 MOST_OVERFLOW = 0.02
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # vLLM makes one layer of each, with one width
 
 
 def convert(source: str | Path, out: str | Path, to: str, dtype: torch.dtype, *, overwrite: bool = False) -> Path:
@@ -114,12 +114,3 @@ def smallest_width(integers: Tensor) -> int:
         if float(((integers < low) | (integers > high)).float().mean()) <= MOST_OVERFLOW:
             return bits
     return BIT_WIDTHS[-1]
-
-
-def fused_with(linear: str) -> list[str]:
-    """Names of the linears that vLLM fuses with this one, itself among them."""
-    parent, _, own = linear.rpartition(".")
-    for names in FUSED:
-        if own in names:
-            return [f"{parent}.{name}" for name in names]
-    return [linear]

@@ -7,19 +7,22 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from vllm_babai.format import BIT_WIDTHS
 from vllm_babai.offline.lattice import Lattice
 from vllm_babai.offline.nearest_plane import carried_variance
 
 PAIRS = 1 << 14
-OCTAVES = torch.arange(-12.0, 4.01, 0.25)  # of the step, against the weights' root mean square
+OCTAVES = torch.arange(-9.0, 3.01, 0.125)  # of the step, against the root mean square of the weights
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """One linear, small enough to keep for a whole model.
+    """One linear, small enough to keep for a whole model. Lists run over steps of 2^OCTAVES times `spread`.
 
     pivot: mean of D_j D_i over the weights, so that a step s costs ½ s²/12 · weights · pivot nats per token.
-    spread: root mean square of the weights. rates: HPTQ bits per weight at a step of spread · 2^OCTAVES.
+    spread: root mean square of the weights. rates: HPTQ's bits per weight, with one step.
+    row_pivot: like pivot, for rows whose steps are in proportion to their own root mean square.
+    overflow: dense bits → share of weights beyond them, with such rows.
     """
 
     name: str
@@ -28,6 +31,8 @@ class Forecast:
     pivot: float
     spread: float
     rates: list[float]
+    row_pivot: float
+    overflow: dict[int, list[float]]
 
     @property
     def weights(self) -> int:
@@ -35,35 +40,54 @@ class Forecast:
         return self.rows * self.columns
 
     def rate(self, step: float) -> float:
-        """HPTQ bits per weight at a step."""
+        """HPTQ's bits per weight at a step."""
         position = (math.log2(step / self.spread) - float(OCTAVES[0])) / float(OCTAVES[1] - OCTAVES[0])
         below = min(max(int(position), 0), len(self.rates) - 2)
         share = min(max(position - below, 0.0), 1.0)
         return self.rates[below] * (1 - share) + self.rates[below + 1] * share
 
     def loss(self, step: float) -> float:
-        """Loss, nats per token, that nearest plane's error with a step is expected to cost."""
+        """Loss, nats per token, that nearest plane's error is expected to cost with one step."""
         return self.weights * self.pivot * step**2 / 24
+
+    def row_losses(self) -> Tensor:
+        """The same with a step per row, over 2^OCTAVES."""
+        return self.weights * self.row_pivot * (self.spread * 2.0**OCTAVES) ** 2 / 24
 
 
 def forecast(name: str, weight: Tensor, lattice: Lattice, seed: int) -> Forecast:
     """Forecast a linear; weight: [out, in]. Its integers are modelled as Gaussian, their variance a row's times a
-    column's plus what nearest plane carries, as the code models them.
+    column's plus what nearest plane carries, as HPTQ codes them; what overflows is counted on a sample of the weights.
     """
-    factor = lattice.columns
-    squares = weight.float().square()
-    rows, columns = squares.mean(1), squares.mean(0)[factor.order]
+    factor, weight = lattice.columns, weight.float()
+    squares = weight.square()
+    rows, columns = squares.mean(1), squares.mean(0)
     mean = squares.mean().clamp_min(torch.finfo(torch.float32).tiny)
     generator = torch.Generator().manual_seed(seed)
     row = torch.randint(len(rows), (PAIRS,), generator=generator).to(rows.device)
-    column = torch.randint(len(columns), (PAIRS,), generator=generator).to(rows.device)
+    position = torch.randint(len(columns), (PAIRS,), generator=generator).to(rows.device)
+    column = factor.order[position]
+    carried = carried_variance(factor, seed).squeeze(1)[position]
+    octaves = OCTAVES.to(mean.device)[:, None]
     own = rows[row] * columns[column] / mean
-    carried = carried_variance(factor, seed).squeeze(1)[column]
-    steps = mean * 4.0 ** OCTAVES.to(mean.device)
-    deviation = (own / steps[:, None] + carried).sqrt()
-    rates = _interpolate_entropy(deviation).mean(1)
-    pivot = float(factor.pivots.mean() * lattice.row_pivots(len(weight)).mean())
-    return Forecast(name, len(weight), weight.shape[1], pivot, float(mean.sqrt()), rates.tolist())
+    rates = _interpolate_entropy((own / mean / 4.0**octaves + carried).sqrt()).mean(1)
+
+    steps = 2.0**octaves
+    sample = (weight[row, column] / rows[row].clamp_min(1e-30).sqrt()).abs()
+    overflow = {}
+    for bits in BIT_WIDTHS:
+        room = steps * 2 ** (bits - 1)
+        tail = torch.special.ndtr((sample - room) / (steps * carried.sqrt()).clamp_min(1e-12))
+        overflow[bits] = tail.mean(1).tolist()
+    row_pivots = lattice.row_pivots(len(weight)).to(rows.device)
+    pivot = float(factor.pivots.mean() * row_pivots.mean())
+    row_pivot = float(factor.pivots.mean() * (row_pivots * rows).mean() / mean)
+    return Forecast(name, *_size(weight), pivot, float(mean.sqrt()), rates.tolist(), row_pivot, overflow)
+
+
+def _size(weight: Tensor) -> tuple[int, int]:
+    rows, columns = weight.shape
+    return rows, columns
 
 
 def _interpolate_entropy(deviation: Tensor) -> Tensor:

@@ -19,18 +19,20 @@ class QuantizeOptions:
     """What `babai quantize` takes. Raises QuantizationError that names the option at fault.
 
     bits: dense bits per weight. overflow: share of weights stored sparsely. group_size: input features per scale, −1
-    for one scale per output row; these three are SSQR's. rate: bits per weight of HPTQ, everything counted. order: of
-    nearest plane. calibration: file or hub dataset; samples × sequence_length tokens of it are used (0: 2048, or what
-    the model's positions allow). damping: λ over the Hessian's mean diagonal. sensitivity: weigh tokens, rows and
-    linears by how much the loss minds their errors, which takes one backward pass. ignore: regular expressions; linears
-    that one of them finds by full name stay as they are. device, dtype: of the model's forward pass; 'auto' is CUDA
-    where there is one, and bfloat16 there, float32 on the CPU.
+    for one scale per output row. target_bits: bits per weight of the whole model, everything counted, by which bits and
+    overflow are chosen for every linear. These four are SSQR's; rate: HPTQ's bits per weight, everything counted.
+    order: of nearest plane. calibration: file or hub dataset; samples × sequence_length tokens of it are used (0: 2048,
+    or what the model's positions allow). damping: λ over the Hessian's mean diagonal. sensitivity: weigh tokens, rows
+    and linears by how much the loss minds their errors, which takes one backward pass. ignore: regular expressions;
+    linears that one of them finds by full name stay as they are. device, dtype: of the model's forward pass; 'auto' is
+    CUDA where there is one, and bfloat16 there, float32 on the CPU.
     """
 
     format: Literal["ssqr", "hptq"] = "ssqr"
     bits: int = 4
     overflow: float = 0.01
     rate: float = 3.125
+    target_bits: float | None = None
     group_size: int = -1
     order: Order = "activation"
     calibration: str = "NeelNanda/pile-10k"
@@ -47,6 +49,10 @@ class QuantizeOptions:
         _check("--bits", self.bits in BIT_WIDTHS, f"one of {BIT_WIDTHS}", self.bits)
         _check("--overflow", 0 <= self.overflow <= 0.2, "from 0 to 0.2", self.overflow)
         _check("--rate", 1 <= self.rate <= 8, "from 1 to 8", self.rate)
+        if self.target_bits is not None:
+            _check("--target-bits", 2 <= self.target_bits <= 8.5, "from 2 to 8.5", self.target_bits)
+            _check("--target-bits", self.group_size == -1, "used without --group-size", self.target_bits)
+            _check("--target-bits", self.sensitivity, "used with --sensitivity", self.target_bits)
         _check("--group-size", self.group_size in GROUP_SIZES, f"one of {GROUP_SIZES}", self.group_size)
         _check("--order", self.order in ORDERS, f"one of {', '.join(ORDERS)}", self.order)
         _check("--samples", self.samples > 0, "positive", self.samples)
@@ -61,6 +67,11 @@ class QuantizeOptions:
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
+
+    @property
+    def planned_rate(self) -> float | None:
+        """Bits per weight that a plan shares out among the linears; None where each gets the same."""
+        return self.rate if self.format == "hptq" else self.target_bits
 
     def resolve_device(self) -> torch.device:
         """The device to compute on. Raises QuantizationError when CUDA is asked for and missing."""

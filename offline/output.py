@@ -20,6 +20,7 @@ from vllm_babai.offline.checkpoint import INDEX, Checkpoint
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.layer import LayerReport
 from vllm_babai.offline.options import QuantizeOptions
+from vllm_babai.offline.plan import PlannedLinear
 from vllm_babai.offline.streamed_model import StreamedModel
 
 REPORT = "babai_report.json"
@@ -46,14 +47,14 @@ class PartialOutput:
         """Where the sensitivity of every block is kept while the run lasts."""
         return self.partial / "sensitivity"
 
-    def write_plan(self, rates: dict[str, float]) -> None:
-        """Keep the rates that were planned before the first block; the sensitivity is complete by then."""
-        _write_atomically(self.partial / PLAN, json.dumps(rates))
+    def write_plan(self, plan: list[PlannedLinear]) -> None:
+        """Keep what was planned before the first block; the sensitivity is complete by then."""
+        _write_atomically(self.partial / PLAN, json.dumps([asdict(linear) for linear in plan]))
 
-    def read_plan(self) -> dict[str, float] | None:
-        """Planned rates by linear, or None when there is no plan yet."""
+    def read_plan(self) -> list[PlannedLinear] | None:
+        """What was planned, or None when nothing is yet."""
         path = self.partial / PLAN
-        return json.loads(path.read_text()) if path.is_file() else None
+        return [PlannedLinear(**linear) for linear in json.loads(path.read_text())] if path.is_file() else None
 
     def has_block(self, index: int) -> bool:
         """Whether the block is already quantized."""

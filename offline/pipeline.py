@@ -20,7 +20,7 @@ from vllm_babai.offline.lattice import Lattice
 from vllm_babai.offline.layer import LayerReport, QuantizedLinear, quantize_hptq, quantize_ssqr
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.output import PartialOutput, open_output
-from vllm_babai.offline.plan import forecast_model, plan_rates
+from vllm_babai.offline.plan import PlannedLinear, forecast_model, make_plan
 from vllm_babai.offline.sensitivity import Sensitivity, measure_sensitivity
 from vllm_babai.offline.streamed_model import StreamedModel, open_streamed
 
@@ -42,42 +42,51 @@ def quantize(
         raise QuantizationError("--ignore excludes every linear of the model")
     output = open_output(Path(out), streamed, options, resume=resume, overwrite=overwrite)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    length = _sequence_length(options, checkpoint.config())
+    length = sequence_length(options, checkpoint.config())
     tokens = calibration_tokens(tokenizer, options.calibration, options.samples, length, options.seed)
     hidden, arguments = streamed.first_inputs(tokens)
     with _progress() as progress:
-        sensitivity, rates = _plan(output, tokens, hidden, arguments, progress)
-        run = _Run(streamed, options, output, hidden, sensitivity, Budget(options.rate, rates), progress)
+        sensitivity, plan = _prepare(output, tokens, hidden, arguments, progress)
+        budget = Budget(options.rate, {linear.name: linear.rate for linear in plan.values()})
+        run = _Run(streamed, options, output, hidden, sensitivity, plan, budget, progress)
         task = progress.add_task("", total=len(selected))
         for index, block_arguments in enumerate(arguments):
             progress.update(task, description=f"block {index + 1} of {len(arguments)}")
             progress.advance(task, run.block(index, block_arguments))
     everything = [name for i in range(len(streamed.blocks)) for name in streamed.linears(i)]
     ignored = [name for name in everything if options.ignores(name)]
-    bits = options.bits if options.format == "ssqr" else None
-    return output.finish(CheckpointConfig(options.format, bits, options.group_size, ["lm_head", *ignored]))
+    return output.finish(_checkpoint_config(options, plan, ["lm_head", *ignored]))
 
 
-def _plan(
+def _checkpoint_config(
+    options: QuantizeOptions, plan: dict[str, PlannedLinear], ignored: list[str]
+) -> CheckpointConfig:
+    if options.format == "hptq":
+        return CheckpointConfig(options.format, ignore=ignored)
+    overrides = {n: {"bits": linear.bits} for n, linear in plan.items() if linear.bits not in (None, options.bits)}
+    return CheckpointConfig(options.format, options.bits, options.group_size, ignored, overrides)
+
+
+def _prepare(
     output: PartialOutput, tokens: Tensor, hidden: Tensor, arguments: list[dict[str, Any]], progress: Progress
-) -> tuple[Sensitivity | None, dict[str, float]]:
-    """Sensitivity to errors, and for HPTQ the rate of every linear; those of an interrupted run where there is one."""
+) -> tuple[Sensitivity | None, dict[str, PlannedLinear]]:
+    """Sensitivity to errors, and the plan of every linear by name; those of an interrupted run where there is one."""
     model, options = output.model, output.options
     if not options.sensitivity:
         return None, {}
-    sensitivity, rates = Sensitivity(output.sensitivity_folder, model.blocks_name), output.read_plan()
-    if rates is None:
-        rates = {}
+    plan = output.read_plan()
+    if plan is None:
         task = progress.add_task("measuring sensitivity", total=None)
         output.sensitivity_folder.mkdir(exist_ok=True)
-        measure_sensitivity(model, tokens, hidden, arguments, options.seed, output.sensitivity_folder)
-        if options.format == "hptq":
-            progress.update(task, description="planning rates")
-            forecasts = forecast_model(model, hidden, arguments, sensitivity, options)
-            rates = {linear.name: linear.rate for linear in plan_rates(forecasts, options.rate)}
-        output.write_plan(rates)
+        sensitivity = measure_sensitivity(model, tokens, hidden, arguments, options.seed, output.sensitivity_folder)
+        plan = []
+        if options.planned_rate is not None:
+            progress.update(task, description="planning")
+            plan = make_plan(forecast_model(model, hidden, arguments, sensitivity, options), options)
+        output.write_plan(plan)
         progress.remove_task(task)
-    return sensitivity, rates
+    sensitivity = Sensitivity(output.sensitivity_folder, model.blocks_name)
+    return sensitivity, {linear.name: linear for linear in plan}
 
 
 @dataclass
@@ -89,6 +98,7 @@ class _Run:
     output: PartialOutput
     hidden: Tensor
     sensitivity: Sensitivity | None
+    plan: dict[str, PlannedLinear]
     budget: Budget
     progress: Progress
 
@@ -141,8 +151,10 @@ class _Run:
         if options.format == "hptq":
             rate = self.budget.next_rate(name, weight.numel())
             return quantize_hptq(name, weight, lattice, options.order, rate, options.seed)
-        goal = (options.bits, options.group_size, options.overflow)
-        return quantize_ssqr(name, weight, lattice, options.order, *goal, options.seed)
+        bits, overflow = options.bits, options.overflow
+        if name in self.plan:
+            bits, overflow = self.plan[name].bits or bits, self.plan[name].overflow or overflow
+        return quantize_ssqr(name, weight, lattice, options.order, bits, options.group_size, overflow, options.seed)
 
     def _restore(self, index: int, linears: dict[str, nn.Linear]) -> None:
         """Give a block the weights that an interrupted run has already quantized."""
@@ -159,7 +171,8 @@ def _replace(linear: nn.Linear, weight: Tensor) -> None:
     linear.weight.copy_(weight)
 
 
-def _sequence_length(options: QuantizeOptions, config: dict[str, Any]) -> int:
+def sequence_length(options: QuantizeOptions, config: dict[str, Any]) -> int:
+    """Tokens per calibration sequence. Raises QuantizationError when the model has fewer positions."""
     positions = config.get("max_position_embeddings") or 2048
     if options.sequence_length > positions:
         raise QuantizationError(

@@ -1,14 +1,19 @@
 """Where the bits go: every linear's rate, such that one more bit anywhere lowers the loss by the same."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vllm_babai.format import BIT_WIDTHS
 from vllm_babai.offline.capture import advance, hessians, shared_inputs
+from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import factorize
-from vllm_babai.offline.forecast import Forecast, forecast
+from vllm_babai.offline.forecast import OCTAVES, Forecast, forecast
+from vllm_babai.offline.fusion import fused_with
 from vllm_babai.offline.joint_plane import row_geometry
 from vllm_babai.offline.lattice import Lattice
 from vllm_babai.offline.options import QuantizeOptions
@@ -16,16 +21,23 @@ from vllm_babai.offline.sensitivity import Sensitivity
 from vllm_babai.offline.streamed_model import StreamedModel
 
 LOWEST_RATE = 0.5
+MOST_OVERFLOW = 0.05
+ENTRY_BITS = 12.3  # of an overflow entry, tile index included
+SCALE_BITS = 16
 
 
 @dataclass(frozen=True)
 class PlannedLinear:
-    """rate: bits per weight. loss: nats per token that its error is expected to cost."""
+    """rate: bits per weight, everything counted. loss: nats per token that its error is expected to cost.
+    bits, overflow: SSQR's dense bits and share of sparse weights; None in HPTQ.
+    """
 
     name: str
     weights: int
     rate: float
     loss: float
+    bits: int | None = None
+    overflow: float | None = None
 
 
 def forecast_model(
@@ -57,26 +69,74 @@ def forecast_model(
     return forecasts
 
 
+def make_plan(forecasts: list[Forecast], options: QuantizeOptions) -> list[PlannedLinear]:
+    """The plan that the options ask for. Raises QuantizationError when the bits are fewer than any plan needs."""
+    rate = options.planned_rate
+    assert rate is not None
+    plan = plan_rates(forecasts, rate) if options.format == "hptq" else plan_widths(forecasts, rate)
+    if mean_rate(plan) > rate * 1.01:
+        raise QuantizationError(f"{rate} bits per weight cannot be met: the fewest are {mean_rate(plan):.3f}")
+    return plan
+
+
 def plan_rates(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:
-    """Rates that cost `rate` bits per weight in all. With steps s ∝ 1/√pivot every linear's loss falls
-    equally with the next bit; the common factor is found by bisection.
+    """HPTQ at `rate` bits per weight in all. With steps s ∝ 1/√pivot every linear's loss falls equally with the next
+    bit; the common factor is found by bisection.
     """
-    wanted = rate * sum(linear.weights for linear in forecasts)
 
     def at(octave: float) -> list[PlannedLinear]:
-        return [_planned(linear, _step(linear, octave)) for linear in forecasts]
+        steps = [2.0**octave / math.sqrt(max(linear.pivot, 1e-30)) for linear in forecasts]
+        return [
+            PlannedLinear(f.name, f.weights, max(f.rate(step), LOWEST_RATE), f.loss(step))
+            for f, step in zip(forecasts, steps, strict=True)
+        ]
 
-    low, high = -40.0, 40.0
+    return _within(at, rate)
+
+
+def plan_widths(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:
+    """SSQR at `rate` bits per weight in all: widths, one for linears that vLLM fuses, and overflow of every linear.
+
+    Each takes what costs least in loss + price · bits; the price is found by bisection.
+    """
+    groups: dict[tuple[str, ...], list[Forecast]] = {}
+    for linear in forecasts:
+        groups.setdefault(fused_with(linear.name), []).append(linear)
+    scale = sum(float(linear.row_losses()[len(OCTAVES) // 2]) for linear in forecasts)
+
+    def at(octave: float) -> list[PlannedLinear]:
+        price = scale * 2.0**octave
+        found: dict[str, PlannedLinear] = {}
+        for group in groups.values():
+            choices = [[_best_overflow(linear, bits, price) for linear in group] for bits in BIT_WIDTHS]
+            best = min(choices, key=lambda planned: sum(p.loss + price * p.rate * p.weights for p in planned))
+            found |= {planned.name: planned for planned in best}
+        return [found[linear.name] for linear in forecasts]
+
+    return _within(at, rate)
+
+
+def _best_overflow(linear: Forecast, bits: int, price: float) -> PlannedLinear:
+    overflow = torch.tensor(linear.overflow[bits]).clamp(MOST_OVERFLOW / 100, 1.0)
+    rates = bits + SCALE_BITS / linear.columns + ENTRY_BITS * overflow
+    losses = linear.row_losses()
+    cost = losses + price * linear.weights * rates
+    cost[overflow > MOST_OVERFLOW] = torch.inf
+    best = int(cost.argmin())
+    return PlannedLinear(
+        linear.name, linear.weights, float(rates[best]), float(losses[best]), bits, float(overflow[best])
+    )
+
+
+def _within(at: Callable[[float], list[PlannedLinear]], rate: float) -> list[PlannedLinear]:
+    """The plan, among those that get coarser with the octave, that just keeps to `rate`."""
+    low, high = -60.0, 60.0
     for _ in range(60):
         middle = (low + high) / 2
-        bits = sum(linear.rate * linear.weights for linear in at(middle))
-        low, high = (middle, high) if bits > wanted else (low, middle)
+        low, high = (middle, high) if mean_rate(at(middle)) > rate else (low, middle)
     return at(high)
 
 
-def _step(linear: Forecast, octave: float) -> float:
-    return 2.0**octave / math.sqrt(max(linear.pivot, 1e-30))
-
-
-def _planned(linear: Forecast, step: float) -> PlannedLinear:
-    return PlannedLinear(linear.name, linear.weights, max(linear.rate(step), LOWEST_RATE), linear.loss(step))
+def mean_rate(plan: list[PlannedLinear]) -> float:
+    """Bits per weight of a whole plan."""
+    return sum(linear.rate * linear.weights for linear in plan) / sum(linear.weights for linear in plan)

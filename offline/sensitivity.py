@@ -10,6 +10,8 @@ blocks of ROW_BLOCK rows. It holds one block of the model, its inputs and their 
 wait on disk.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,6 +69,15 @@ def measure_sensitivity(
             _file(Path(spill), index).unlink()
             save_file(_block_backward(model, index, hidden, gradient, arguments[index]), _file(folder, index))
     return Sensitivity(folder, model.blocks_name)
+
+
+@contextmanager
+def measured_in_passing(
+    model: StreamedModel, tokens: Tensor, hidden: Tensor, arguments: list[dict[str, Any]], seed: int
+) -> Iterator[Sensitivity]:
+    """`measure_sensitivity` into a folder that is gone afterwards."""
+    with TemporaryDirectory(prefix="babai-") as folder:
+        yield measure_sensitivity(model, tokens, hidden, arguments, seed, Path(folder))
 
 
 def _file(folder: Path, index: int) -> Path:

@@ -1,0 +1,35 @@
+"""Pictures of a plan and of a checkpoint."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+SIZE = (7, 4.5)
+
+
+def plot_tradeoff(curves: dict[str, list[tuple[float, float]]], chosen: tuple[float, float], path: Path) -> None:
+    """Expected loss against bits per weight. curves: format → (bits, nats per token); chosen: the plan's own point."""
+    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker=".", label=name)
+    axes.plot(*chosen, marker="o", linestyle="", color="black", label="this plan")
+    axes.set(xlabel="bits per weight", ylabel="expected loss, nats per token", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_integers(counts: dict[int, int], path: Path) -> None:
+    """How the integers of a checkpoint are distributed. counts: integer → how often."""
+    total = sum(counts.values())
+    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+    axes.bar(list(counts), [count / total for count in counts.values()], width=0.9)
+    axes.set(xlabel="integer", ylabel="share of weights", yscale="log")
+    axes.grid(alpha=0.3, axis="y")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
