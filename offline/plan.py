@@ -97,7 +97,8 @@ def plan_rates(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:
 def plan_widths(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:
     """SSQR at `rate` bits per weight in all: widths, one for linears that vLLM fuses, and overflow of every linear.
 
-    Each takes what costs least in loss + price · bits; the price is found by bisection.
+    Each takes what costs least in loss + price · bits; the price is found by bisection. The next plan may be
+    a whole width of some linear away, so what is then left goes into overflow.
     """
     groups: dict[tuple[str, ...], list[Forecast]] = {}
     for linear in forecasts:
@@ -113,7 +114,12 @@ def plan_widths(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:
             found |= {planned.name: planned for planned in best}
         return [found[linear.name] for linear in forecasts]
 
-    return _within(at, rate)
+    widths = {linear.name: linear.bits for linear in _within(at, rate)}
+
+    def with_widths(octave: float) -> list[PlannedLinear]:
+        return [_best_overflow(linear, widths[linear.name] or 0, scale * 2.0**octave) for linear in forecasts]
+
+    return _within(with_widths, rate)
 
 
 def _best_overflow(linear: Forecast, bits: int, price: float) -> PlannedLinear:

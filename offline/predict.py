@@ -1,5 +1,6 @@
 """What a quantized model will be like, before it is quantized: the same plan, no rounding."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Prediction:
         """Range by which the perplexity is expected to grow: losses add up to between half and one and a half of the
         second-order prediction, as errors of different linears cancel or add.
         """
-        return 2.718281828 ** (0.5 * self.loss), 2.718281828 ** (1.5 * self.loss)
+        return math.exp(0.5 * self.loss), math.exp(1.5 * self.loss)
 
 
 def predict(model: str | Path, options: QuantizeOptions) -> Prediction:
