@@ -19,8 +19,9 @@ from vllm_babai.offline.ssqr import overflow_rate, search_overflow
 class LayerReport:
     """What is known about a quantized linear. Errors are as `Lattice` counts them, damping included.
 
-    predicted_error: ¹⁄₁₂ Σ s²D. measured_error: of W − Ŵ. bound: ¼ Σ s²D. relative_error: measured, over that of W.
-    passes: runs of nearest plane that the search for scales took. bits, group_size, overflow_rate: None in HPTQ.
+    predicted_error: ¹⁄₁₂ Σ s²D, and what shrinking adds. measured_error: of W − Ŵ. bound: ¼ Σ s²D, None with shrinking.
+    relative_error: measured, over that of W. passes: runs of nearest plane that the search for scales took. bits,
+    group_size, overflow_rate: None in HPTQ.
     """
 
     name: str
@@ -34,7 +35,7 @@ class LayerReport:
     damping: float
     predicted_error: float
     measured_error: float
-    bound: float
+    bound: float | None
     relative_error: float
     passes: int
     seconds: float
@@ -104,7 +105,8 @@ def _report(
     group_size: int | None = None,
     rate: float | None = None,
 ) -> LayerReport:
-    predicted, measured = lattice.mean_error(solution.steps, weight.shape[1]), lattice.error(solution.plane.residual)
+    rounding, measured = lattice.mean_error(solution.steps, weight.shape[1]), lattice.error(solution.plane.residual)
+    predicted = rounding + solution.shrinkage_error
     return LayerReport(
         name=name,
         rows=weight.shape[1],
@@ -117,7 +119,7 @@ def _report(
         damping=lattice.columns.damping,
         predicted_error=predicted,
         measured_error=measured,
-        bound=3 * predicted,
+        bound=3 * rounding if solution.shrinkage_error == 0 else None,
         relative_error=measured / max(lattice.error(weight), 1e-300),
         passes=solution.passes,
         seconds=time.perf_counter() - started,

@@ -36,13 +36,15 @@ class NearestPlane:
 @dataclass(frozen=True)
 class Solution:
     """A solved layer. scales: bfloat16 [1 or out, groups], as stored. steps: the same, float32, broadcastable to
-    [n, out] in the factor's order. passes: runs of nearest plane that it took to find the scales.
+    [n, out] in the factor's order. passes: runs of nearest plane that it took to find the scales. shrinkage_error: what
+    shrinking the targets is expected to add to the error of rounding them.
     """
 
     scales: Tensor
     steps: Tensor
     plane: NearestPlane
     passes: int
+    shrinkage_error: float = 0.0
 
 
 def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor, shrinkage: Tensor | float = 1.0) -> NearestPlane:
