@@ -106,6 +106,7 @@ def _solve_block(
             leaf(low, high, *arrays)
 
     solve(0, len(weight))
+    del solve  # refers to itself, which would keep all tensors here until the garbage collector comes by
     return integers, residual, targets
 
 

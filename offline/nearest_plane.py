@@ -74,6 +74,7 @@ def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor, shrinkage: 
             torch.addcmul(weight[j], integers[j], steps[j], value=-1, out=residual[j])
 
     solve(0, len(weight))
+    del solve  # refers to itself, which would keep all tensors here until the garbage collector comes by
     largest = integers.abs().max() if integers.numel() else 0
     if not largest <= MAX_INTEGER:
         raise QuantizationError(
