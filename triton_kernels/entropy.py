@@ -4,15 +4,13 @@ See `vllm_babai.format.rans` for the code. Lanes that take words from the tile's
 counting the lanes before them: a vote and a population count on NVIDIA, a prefix sum elsewhere.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_babai.format.hptq import Coded
-from vllm_babai.format.tables import CENTRE, ESCAPE, PRECISION, decoder_table
+from vllm_babai.coded import CodedTensors
+from vllm_babai.format.tables import CENTRE, ESCAPE, PRECISION
 from vllm_babai.triton_kernels.configs import Target
 from vllm_babai.triton_kernels.unpack import round_to
 
@@ -21,46 +19,6 @@ _FIELD = tl.constexpr((1 << PRECISION) - 1)
 _CENTRE = tl.constexpr(CENTRE)
 _ESCAPE = tl.constexpr(ESCAPE)
 _WARP = tl.constexpr(32)
-
-
-@dataclass(frozen=True)
-class CodedTensors:
-    """The streams of one linear layer in device memory.
-
-    words: int16 [words]. ends: int64 [tiles], where each tile's stream ends. row_class: uint8 [rows], column_class:
-    uint8 [columns], their sum is the context. table: int32 [contexts · 2^PRECISION], see `tables.decoder_table`.
-    scales: fp32 [1 or rows, groups]. The integers are the fields of `hptq.Shape` and `model.Model`.
-    """
-
-    words: Tensor
-    ends: Tensor
-    row_class: Tensor
-    column_class: Tensor
-    table: Tensor
-    scales: Tensor
-    tile_rows: int
-    tile_columns: int
-    lanes: int
-    offset: int
-    shift: int
-
-
-def coded_tensors(coded: Coded, scales: Tensor, device: torch.device) -> CodedTensors:
-    """A blob that `read_blob` has checked, and its layer's scales, bfloat16 [1 or rows, groups], on a device."""
-    shape, model = coded.shape, coded.model
-    return CodedTensors(
-        torch.from_numpy(coded.words.view("int16")).to(device),
-        torch.from_numpy(coded.ends).to(device),
-        torch.from_numpy(model.classes.rows.astype("uint8")).to(device),
-        torch.from_numpy(model.classes.columns.astype("uint8")).to(device),
-        torch.from_numpy(decoder_table(model.frequencies).view("int32")).to(device),
-        scales.to(device, torch.float32),
-        shape.tile_rows,
-        shape.tile_columns,
-        shape.lanes,
-        model.offset,
-        model.shift,
-    )
 
 
 def decode(coded: CodedTensors, out: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vllm_babai.format import CheckpointConfig, LayerScheme
 from vllm_babai.format.config import QUANT_METHOD
-from vllm_babai.linear import BabaiLinearMethod
+from vllm_babai.linear import METHODS
 from vllm_babai.progress import LoadProgress
 
 if TYPE_CHECKING:
@@ -67,6 +67,16 @@ class BabaiConfig(QuantizationConfig):
         """From the quantization_config in config.json. Raises FormatError that names the field at fault."""
         return cls(CheckpointConfig.from_dict(config))
 
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Take the residency from `--hf-overrides '{"babai_residency": "coded"}'`.
+
+        An override of `quantization_config` would have to repeat all of it: vLLM replaces dictionaries, it does not
+        merge them. Raises FormatError for a residency that there is not.
+        """
+        residency = getattr(hf_config, "babai_residency", self.checkpoint.residency)
+        self.checkpoint = replace(self.checkpoint, residency=residency)
+        self.checkpoint.check_residency()
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename the layers of the checkpoint to what they are called in vLLM's model."""
         self.checkpoint = replace(
@@ -89,7 +99,8 @@ class BabaiConfig(QuantizationConfig):
         scheme = self._common_scheme(prefix, names)
         if scheme is None:
             return UnquantizedLinearMethod()
-        return BabaiLinearMethod(self.checkpoint.format, scheme, prefix, names, self.progress)
+        method = METHODS[self.checkpoint.residency]
+        return method(self.checkpoint.format, scheme, prefix, names, self.progress)
 
     def _checkpoint_names(self, prefix: str) -> list[str]:
         """Names that the linears fused in the layer `prefix` have in the checkpoint, in the order of their rows."""

@@ -1,7 +1,7 @@
-"""Linear layers in vLLM whose weight is a lattice point: stored tensors → device layout → the op `babai::matmul`."""
+"""Linear layers in vLLM whose weight is a lattice point: stored tensors → tensors on the device → an op of ours."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,29 +9,40 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
 from vllm_babai import ops
-from vllm_babai.format import FormatError, LayerScheme
+from vllm_babai.coded import coded_tensors
+from vllm_babai.format import FormatError, LatticeWeight, LayerScheme
+from vllm_babai.format.hptq import encode_integers, read_blob
+from vllm_babai.layout import DeviceLayout
 from vllm_babai.parameter import StoredParameter
 from vllm_babai.progress import LoadProgress
-from vllm_babai.reader import READERS, read_layer
+from vllm_babai.reader import CODED_READERS, READERS, Reader, read_layer
 
+# LoRA looks for `qweight`.
 LAYOUT_NAMES = ("qweight", "scales", "overflow_entries", "overflow_offsets")
+CODED_NAMES = ("qweight", "ends", "row_class", "column_class", "table", "scales")
 
 
 @register_weight_loader_v2_supported_method
 class BabaiLinearMethod(LinearMethodBase):
     """One linear layer of vLLM, in any of its kinds (replicated, column, row, merged, QKV) and on any rank.
 
+    The rank holds its part dense + sparse.
+
     format_name: format of the checkpoint. scheme: how the linears fused in this layer are stored.
     prefix: name of the layer in vLLM. names: names of those linears in the checkpoint, in the order of their rows.
     progress: of the model's layers.
     """
 
+    readers: ClassVar[dict[str, Reader]] = READERS
+    activity = "Packing"
+
     def __init__(
         self, format_name: str, scheme: LayerScheme, prefix: str, names: list[str], progress: LoadProgress
     ) -> None:
-        if format_name not in READERS:
-            raise FormatError(f"{prefix}: checkpoint format {format_name!r} is unknown; known are {sorted(READERS)}")
-        self.reader = READERS[format_name]
+        if format_name not in self.readers:
+            known = sorted(self.readers)
+            raise FormatError(f"{prefix}: checkpoint format {format_name!r} is unknown; known are {known}")
+        self.reader = self.readers[format_name]
         self.scheme, self.prefix, self.names, self.progress = scheme, prefix, names, progress
 
     def create_weights(
@@ -68,22 +79,59 @@ class BabaiLinearMethod(LinearMethodBase):
         self.progress.expect()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the stored tensors by the device layout. Raises FormatError that names the linear at fault."""
+        """Replace the stored tensors by what the op takes. Raises FormatError that names the linear at fault."""
         stored = {name: getattr(layer, name) for name in self.reader.tensors}
         device = next(iter(stored.values())).device
         parts = {name: parameter.parts for name, parameter in stored.items()}
         weight = read_layer(self.reader, parts, self.sizes, self.scheme)
-        self.bits = weight.bits
-        layout = ops.device_layout(weight.qweight, weight.scales, weight.overflow, self.bits, self.in_features, device)
         for name in self.reader.tensors:
             delattr(layer, name)
-        for name, tensor in zip(LAYOUT_NAMES, layout, strict=True):
+        for name, tensor in self._place(weight, device).items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
-        ops.warm_up(layout, self.bits, self.in_features, self.out_features, self.params_dtype)
-        self.progress.advance()
+        self._warm_up(layer, device)
+        self.progress.advance(self.activity)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] → x Wᵀ + bias, [..., out_features], in the dtype of x."""
-        tensors = (getattr(layer, name) for name in LAYOUT_NAMES)
-        y = torch.ops.babai.matmul(x, *tensors, self.bits, self.out_features)
+        y = self._multiply(layer, x)
         return y if bias is None else y + bias
+
+    def _place(self, weight: Any, device: torch.device) -> dict[str, Tensor]:
+        """What the reader made of the layer's weight → parameters on the device, by name."""
+        self.bits = weight.bits
+        layout = ops.device_layout(weight.qweight, weight.scales, weight.overflow, self.bits, self.in_features, device)
+        return dict(zip(LAYOUT_NAMES, layout, strict=True))
+
+    def _multiply(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
+        return torch.ops.babai.matmul(x, *_layout(layer), self.bits, self.out_features)
+
+    def _warm_up(self, layer: torch.nn.Module, device: torch.device) -> None:
+        """Leave nothing to compile while serving."""
+        ops.warm_up(_layout(layer), self.bits, self.in_features, self.out_features, self.params_dtype)
+
+
+@register_weight_loader_v2_supported_method
+class CodedLinearMethod(BabaiLinearMethod):
+    """As its base, but the rank holds its part entropy coded, as one matrix, and every call decodes it."""
+
+    readers = CODED_READERS
+    activity = "Coding"
+
+    def _place(self, weight: LatticeWeight, device: torch.device) -> dict[str, Tensor]:
+        coded = read_blob(encode_integers(weight.integers, scales_crc=0))
+        streams = coded_tensors(coded, weight.scales, device)
+        self.cut = streams[len(CODED_NAMES) :]
+        return dict(zip(CODED_NAMES, streams, strict=False))
+
+    def _multiply(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
+        return torch.ops.babai.coded_matmul(x, *(getattr(layer, name) for name in CODED_NAMES), *self.cut)
+
+    def _warm_up(self, layer: torch.nn.Module, device: torch.device) -> None:
+        self._multiply(layer, torch.zeros(1, self.in_features, dtype=self.params_dtype, device=device))
+
+
+METHODS = {"packed": BabaiLinearMethod, "coded": CodedLinearMethod}
+
+
+def _layout(layer: torch.nn.Module) -> DeviceLayout:
+    return DeviceLayout(*(getattr(layer, name) for name in LAYOUT_NAMES))

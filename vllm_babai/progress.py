@@ -19,11 +19,11 @@ class LoadProgress:
         """One more layer will come."""
         self.layers += 1
 
-    def advance(self) -> None:
-        """One more layer is ready."""
+    def advance(self, activity: str) -> None:
+        """One more layer is ready; `activity` says what was done to it."""
         if self.bar is None:
             first_rank = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-            self.bar = tqdm(total=self.layers, desc="Preparing quantized layers", disable=not first_rank)
+            self.bar = tqdm(total=self.layers, desc=f"{activity} linear layers", disable=not first_rank)
         self.done += 1
         self.bar.update()
         if self.done >= self.layers:

@@ -174,6 +174,9 @@ READERS = {
     ),
     "hptq": Reader(HPTQ_TENSORS, read=read_hptq, stack=pack_lattice, column_multiple=hptq_column_multiple),
 }
+CODED_READERS = {
+    "hptq": Reader(HPTQ_TENSORS, read=read_hptq, stack=stack_lattice, column_multiple=hptq_column_multiple)
+}
 
 
 def read_layer(reader: Reader, parts: Mapping[str, list[Part]], sizes: Mapping[str, int], scheme: LayerScheme) -> Any:

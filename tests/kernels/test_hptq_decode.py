@@ -12,8 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vllm_babai.coded import coded_tensors
 from vllm_babai.format import HPTQ, LatticeWeight, hptq
-from vllm_babai.triton_kernels.entropy import coded_tensors, decode, decode_kernel
+from vllm_babai.triton_kernels.entropy import decode, decode_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {

@@ -36,6 +36,8 @@ def test_scales_per_row(group_size: int, groups: int) -> None:
         ({"format_version": 2}, "format_version is 2; this version of vllm-babai reads 1"),
         ({"format_version": None}, "format_version is None"),
         ({"bitz": 4}, r"unknown fields \['bitz'\]"),
+        ({"residency": "disk"}, "residency is 'disk'; this version knows"),
+        ({"residency": "coded"}, "'coded' is for checkpoints of format 'hptq'; this one is 'ssqr'"),
         ({"bits": 5}, "bits of the checkpoint is 5"),
         ({"overrides": {"model.layers.0.mlp.up_proj": {"bits": 7}}}, "bits of model.layers.0.mlp.up_proj is 7"),
     ],

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
@@ -13,7 +14,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 import vllm_babai
 from vllm_babai.config import BabaiConfig
 from vllm_babai.format import CheckpointConfig, FormatError, LayerScheme
-from vllm_babai.linear import BabaiLinearMethod
+from vllm_babai.linear import METHODS, BabaiLinearMethod
 
 LAYER = "model.layers.0.self_attn"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -74,6 +75,23 @@ def test_scheme_of_a_layer(linear: LinearBase) -> None:
         method = config.get_quant_method(linear, f"{LAYER}.{name}")
         assert isinstance(method, BabaiLinearMethod)
         assert method.scheme == LayerScheme(bits)
+
+
+@pytest.mark.parametrize("residency", ["packed", "coded"])
+def test_residency(linear: LinearBase, residency: str) -> None:
+    stored = config_of(format="hptq", bits=None, residency=residency)
+    overridden = config_of(format="hptq", bits=None)
+    overridden.maybe_update_config("model", hf_config=PreTrainedConfig(babai_residency=residency))
+    for config in (stored, overridden):
+        config.maybe_update_config("model", hf_config=PreTrainedConfig())
+        assert type(config.get_quant_method(linear, "model.proj")) is METHODS[residency]
+
+
+def test_residency_that_does_not_fit() -> None:
+    with pytest.raises(FormatError, match="residency is 'disk'"):
+        config_of(format="hptq").maybe_update_config("model", hf_config=PreTrainedConfig(babai_residency="disk"))
+    with pytest.raises(FormatError, match="'coded' is for checkpoints of format 'hptq'"):
+        config_of().maybe_update_config("model", hf_config=PreTrainedConfig(babai_residency="coded"))
 
 
 def test_override_of_fused_linears(linear: LinearBase) -> None:

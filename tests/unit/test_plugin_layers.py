@@ -14,12 +14,12 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_babai.config import BabaiConfig
-from vllm_babai.format import SSQR, CheckpointConfig, FormatError, LatticeWeight, integer_range
+from vllm_babai.format import HPTQ, SSQR, CheckpointConfig, FormatError, LatticeWeight, integer_range, snap_scales
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE = 128, 8, 2, 16
 Q_ROWS, KV_ROWS = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
 QKV = {"q": Q_ROWS, "k": KV_ROWS, "v": KV_ROWS}
-Stored = list[tuple[object, SSQR]]  # shard id, or None for the whole layer, and what the checkpoint has
+Stored = list[tuple[object, SSQR | HPTQ]]  # shard id, or None for the whole layer, and what the checkpoint has
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,11 @@ def random_weight(out_features: int, bits: int = 4, group_size: int = -1) -> Lat
     return LatticeWeight(integers, torch.rand(out_features, groups).add(0.5).bfloat16())
 
 
-def make_layer(name: str, rank: int = 0, ranks: int = 1, bits: int = 4, group_size: int = -1) -> LinearBase:
-    config = BabaiConfig(CheckpointConfig("ssqr", bits, group_size))
+FOUR_BITS = CheckpointConfig("ssqr", 4)
+
+
+def make_layer(name: str, rank: int = 0, ranks: int = 1, checkpoint: CheckpointConfig = FOUR_BITS) -> LinearBase:
+    config = BabaiConfig(checkpoint)
     config.packed_modules_mapping = CASES[name].fused
     prefix = f"model.{name.split()[0]}"
     with as_rank(rank, ranks):
@@ -137,10 +140,61 @@ def test_every_rank_holds_its_part(name: str, bits: int, group_size: int, ranks:
     stored = [(shard, SSQR.encode(weight, bits)) for shard, weight in weights.items()]
     dense = {shard: weight.dequantize() for shard, weight in weights.items()}
     for rank in range(ranks):
-        layer = make_layer(name, rank, ranks, bits, group_size)
+        layer = make_layer(name, rank, ranks, CheckpointConfig("ssqr", bits, group_size))
         load(layer, stored)
         expected = case.expected(dense, rank, ranks)
         assert torch.equal(held_weight(layer, expected.shape[1]), expected)
+
+
+def gaussian_weight(out_features: int, sigma: float, group_size: int = -1, scale_rows: int = 1) -> LatticeWeight:
+    """Integers of every size, as HPTQ stores them."""
+    integers = torch.randn(out_features, HIDDEN).mul(sigma).round().short()
+    integers[3, 5] = 20_000
+    groups = 1 if group_size == -1 else HIDDEN // group_size
+    return LatticeWeight(integers, torch.rand(scale_rows, groups).add(0.5).bfloat16())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("residency", ["packed", "coded"])
+@pytest.mark.parametrize("group_size", [-1, 32])
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_decodes_its_part(name: str, group_size: int, residency: str, ranks: int) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    weights = {
+        shard: gaussian_weight(size, 1.5 + i, group_size, scale_rows=size if i == 1 else 1)
+        for i, (shard, size) in enumerate(case.sizes.items())
+    }
+    stored: Stored = [(shard, HPTQ.encode(weight)) for shard, weight in weights.items()]
+    dense = {shard: weight.dequantize() for shard, weight in weights.items()}
+    for rank in range(ranks):
+        layer = make_layer(name, rank, ranks, CheckpointConfig("hptq", group_size=group_size, residency=residency))
+        load(layer, stored)
+        expected = case.expected(dense, rank, ranks)
+        assert torch.equal(held_weight(layer, expected.shape[1]), expected)
+
+
+@pytest.mark.parametrize(("sigma", "bits"), [(0.3, 2), (1.5, 3), (3, 4), (20, 8), (1000, 8)])
+def test_smallest_width_with_little_overflow(sigma: float, bits: int) -> None:
+    torch.manual_seed(0)
+    layer = make_layer("gate_up_proj", checkpoint=CheckpointConfig("hptq"))
+    load(layer, [(0, HPTQ.encode(gaussian_weight(192, 0.3))), (1, HPTQ.encode(gaussian_weight(192, sigma)))])
+    assert layer.quant_method.bits == bits
+
+
+@pytest.mark.parametrize(("residency", "activity"), [("packed", "Packing"), ("coded", "Coding")])
+def test_progress_counts_the_layers(residency: str, activity: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = BabaiConfig(CheckpointConfig("hptq", residency=residency))
+    with as_rank(0, 1):
+        layers = [
+            vllm_linear.ReplicatedLinear(HIDDEN, 64, bias=False, quant_config=config, prefix=f"model.{i}")
+            for i in range(3)
+        ]
+    for layer in layers:
+        load(layer, [(None, HPTQ.encode(gaussian_weight(64, 1.5)))])
+    shown = capsys.readouterr().err
+    assert f"{activity} linear layers: 100%" in shown
+    assert "3/3" in shown
 
 
 def test_order_of_the_tensors_does_not_matter() -> None:
@@ -164,8 +218,8 @@ def test_base_weight_is_found_where_lora_looks_for_it() -> None:
     assert set(dict(layer.named_parameters())) == {"qweight", "scales", "overflow_entries", "overflow_offsets"}
 
 
-def damaged(stored: SSQR, name: str, damage: Callable[[Tensor], Tensor]) -> SSQR:
-    return SSQR(**{**stored.tensors(), name: damage(stored.tensors()[name].clone())})
+def damaged(stored: SSQR | HPTQ, name: str, damage: Callable[[Tensor], Tensor]) -> SSQR | HPTQ:
+    return type(stored)(**{**stored.tensors(), name: damage(stored.tensors()[name].clone())})
 
 
 def flipped(tensor: Tensor) -> Tensor:
@@ -227,6 +281,46 @@ def test_damaged_tensor(name: str, damage: Callable[[Tensor], Tensor], message: 
     stored: Stored = [(0, linears[0]), (1, damaged(linears[1], name, damage))]
     with pytest.raises(FormatError, match=f"model.up_proj: .*{message}"):
         load(make_layer("gate_up_proj", ranks=ranks), stored)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("residency", ["packed", "coded"])
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("codes", lambda t: t[:-1], "truncated"),
+        ("codes", flipped, "corrupt"),
+        ("codes", with_version(9), "format version 9"),
+        ("codes", lambda t: HPTQ.encode(gaussian_weight(160, 1.5)).codes, "192 × 128, but codes is of 160 × 128"),
+        ("codes", lambda t: t.char(), "codes has dtype torch.int8"),
+        ("scales", flipped, "scales are corrupt"),
+        ("scales", lambda t: t.expand(2, 1), "scales has shape"),
+        ("scales", lambda t: t.expand(1, 2), "scales has shape"),
+        ("scales", lambda t: t.float(), "scales has dtype torch.float32"),
+    ],
+)
+def test_damaged_code(name: str, damage: Callable[[Tensor], Tensor], message: str, residency: str, ranks: int) -> None:
+    linears = [HPTQ.encode(gaussian_weight(192, 1.5)) for _ in range(2)]
+    stored: Stored = [(0, linears[0]), (1, damaged(linears[1], name, damage))]
+    layer = make_layer("gate_up_proj", ranks=ranks, checkpoint=CheckpointConfig("hptq", residency=residency))
+    with pytest.raises(FormatError, match=f"model.up_proj: .*{message}"):
+        load(layer, stored)
+
+
+@pytest.mark.parametrize("name", ["codes", "scales"])
+def test_missing_code(name: str) -> None:
+    layer = make_layer("column", checkpoint=CheckpointConfig("hptq"))
+    (other,) = {"codes", "scales"} - {name}
+    parameter = getattr(layer, other)
+    parameter.weight_loader(parameter, HPTQ.encode(gaussian_weight(192, 1.5)).tensors()[other])
+    with pytest.raises(FormatError, match=f"model.column: the checkpoint lacks {name}"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_scales_of_columns_are_refused() -> None:
+    weight = LatticeWeight(gaussian_weight(192, 1.5).integers, snap_scales(torch.rand(1, HIDDEN).add(0.5)))
+    with pytest.raises(FormatError, match=r"model.column: .* scale for every column"):
+        load(make_layer("column", checkpoint=CheckpointConfig("hptq")), [(None, HPTQ.encode(weight))])
 
 
 @pytest.mark.parametrize("case", ["gate_up_proj fused on disk", "row"])

@@ -1,0 +1,80 @@
+"""The op `babai::coded_matmul` on the CPU: the dense product, for any integers, eagerly and compiled."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_babai import coded, cpu_entropy
+from vllm_babai.coded import CodedTensors, coded_tensors
+from vllm_babai.format import LatticeWeight
+from vllm_babai.format.hptq import encode_integers, read_blob
+
+
+def random_weight(rows: int, columns: int, sigma: float = 1.5, groups: int = 1) -> LatticeWeight:
+    integers = torch.randn(rows, columns).mul(sigma).clamp(-32767, 32767).round().short()
+    return LatticeWeight(integers, torch.rand(rows, groups).add(0.5).bfloat16())
+
+
+def tensors_of(weight: LatticeWeight) -> CodedTensors:
+    return coded_tensors(read_blob(encode_integers(weight.integers, 0)), weight.scales, torch.device("cpu"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 140),
+    columns=st.integers(1, 140),
+    sigma=st.sampled_from([0.0, 0.4, 3.0, 3000.0]),
+    lead=st.sampled_from([(), (1,), (2, 3), (0,)]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_equals_the_dense_product(
+    rows: int, columns: int, sigma: float, lead: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    weight = random_weight(rows, columns, sigma)
+    x = torch.randn(*lead, columns).to(dtype)
+    expected = torch.nn.functional.linear(x, weight.dequantize(dtype))
+    assert torch.equal(torch.ops.babai.coded_matmul(x, *tensors_of(weight)), expected)
+
+
+def test_several_tiles_and_groups() -> None:
+    weight = random_weight(300, 2080, groups=65)
+    assert len(tensors_of(weight).ends) > 4
+    x = torch.randn(3, 2080)
+    expected = torch.nn.functional.linear(x, weight.dequantize())
+    assert torch.equal(torch.ops.babai.coded_matmul(x, *tensors_of(weight)), expected)
+
+
+def test_decodes_the_integers() -> None:
+    weight = random_weight(300, 70)
+    out = torch.empty(300, 70, dtype=torch.int16)
+    assert torch.equal(cpu_entropy.decode(tensors_of(weight), out), weight.integers)
+
+
+def test_half_precision_has_room_for_large_integers() -> None:
+    integers = torch.full((8, 32), 30_000, dtype=torch.int16)
+    weight = LatticeWeight(integers, torch.full((1, 1), 1e-9).bfloat16())
+    y = torch.ops.babai.coded_matmul(torch.full((1, 32), 1000.0, dtype=torch.float16), *tensors_of(weight))
+    torch.testing.assert_close(y, torch.full((1, 8), 0.96, dtype=torch.float16), rtol=0.01, atol=0)
+
+
+def test_opcheck() -> None:
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.babai.coded_matmul, (x, *tensors_of(random_weight(96, 64))))
+
+
+def test_under_torch_compile() -> None:
+    tensors = tensors_of(random_weight(96, 64))
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.ops.babai.coded_matmul(x * 2, *tensors) + 1
+
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(x), forward(x))
+
+
+def test_devices_without_a_decoder_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="not on xpu"):
+        coded.decoder("xpu")

@@ -1,0 +1,91 @@
+"""HPTQ that stays coded in device memory: its streams as tensors, and the op `babai::coded_matmul` that decodes them.
+
+Every call decodes the whole weight to a workspace in the dtype of the activations and multiplies with that; PyTorch's
+caching allocator makes it one workspace for all layers, also inside a captured CUDA graph. Importable without vllm.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_babai.format.hptq import Coded
+from vllm_babai.format.tables import decoder_table
+from vllm_babai.ops import library
+
+DECODERS = {"cpu": "vllm_babai.cpu_entropy", "cuda": "vllm_babai.triton_kernels.entropy"}
+
+
+class CodedTensors(NamedTuple):
+    """The streams of one linear layer in device memory.
+
+    words: int16 [words]. ends: int64 [tiles], where each tile's stream ends. row_class: uint8 [rows], column_class:
+    uint8 [columns], their sum is the context. table: int32 [contexts · 2^PRECISION], see `tables.decoder_table`.
+    scales: fp32 [1 or rows, groups]. The integers are the fields of `hptq.Shape` and `model.Model`.
+    """
+
+    words: Tensor
+    ends: Tensor
+    row_class: Tensor
+    column_class: Tensor
+    table: Tensor
+    scales: Tensor
+    tile_rows: int
+    tile_columns: int
+    lanes: int
+    offset: int
+    shift: int
+
+
+def coded_tensors(coded: Coded, scales: Tensor, device: torch.device) -> CodedTensors:
+    """A blob that `read_blob` has checked, and its layer's scales, bfloat16 [1 or rows, groups], on a device."""
+    shape, model = coded.shape, coded.model
+    return CodedTensors(
+        torch.from_numpy(coded.words.view("int16")).to(device),
+        torch.from_numpy(coded.ends).to(device),
+        torch.from_numpy(model.classes.rows.astype("uint8")).to(device),
+        torch.from_numpy(model.classes.columns.astype("uint8")).to(device),
+        torch.from_numpy(decoder_table(model.frequencies).view("int32")).to(device),
+        scales.to(device, torch.float32),
+        shape.tile_rows,
+        shape.tile_columns,
+        shape.lanes,
+        model.offset,
+        model.shift,
+    )
+
+
+def decoder(device_type: str) -> Callable[[CodedTensors, Tensor], Tensor]:
+    """The function of a device that decodes into `out` [rows, columns]: int16 integers, or S ∘ Z in a floating type.
+
+    Raises NotImplementedError for a device that has none.
+    """
+    if device_type not in DECODERS:
+        raise NotImplementedError(f"babai decodes on {', '.join(DECODERS)}, not on {device_type}")
+    return import_module(DECODERS[device_type]).decode
+
+
+library.define(
+    "coded_matmul(Tensor x, Tensor words, Tensor ends, Tensor row_class, Tensor column_class, Tensor table,"
+    " Tensor scales, int tile_rows, int tile_columns, int lanes, int offset, int shift) -> Tensor"
+)
+
+
+def _coded_matmul(x: Tensor, *fields: Any) -> Tensor:
+    coded = CodedTensors(*fields)
+    # fp16 has no room for small scales times large integers
+    compute = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
+    workspace = torch.empty(len(coded.row_class), len(coded.column_class), dtype=compute, device=x.device)
+    weight = decoder(x.device.type)(coded, workspace)
+    return torch.nn.functional.linear(x.to(compute), weight).to(x.dtype)
+
+
+def _coded_matmul_fake(x: Tensor, *fields: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], CodedTensors(*fields).row_class.shape[0])
+
+
+library.impl("coded_matmul", _coded_matmul, "CPU")
+library.impl("coded_matmul", _coded_matmul, "CUDA")
+torch.library.register_fake("babai::coded_matmul", _coded_matmul_fake, lib=library)
