@@ -1,0 +1,74 @@
+"""The backward pass, block by block, against one autograd pass over the whole model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from vllm_babai.offline.checkpoint import open_checkpoint
+from vllm_babai.offline.sensitivity import ROW_BLOCK, measure_sensitivity
+from vllm_babai.offline.streamed_model import open_streamed
+
+CONFIG = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=32,
+    intermediate_size=300,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(save_random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_model(CONFIG, tmp_path_factory.mktemp("model"))
+
+
+def test_gradients_are_those_of_the_whole_model(folder: Path, tmp_path: Path) -> None:
+    tokens = torch.randint(4096, (3, 16), generator=torch.Generator().manual_seed(1))
+    streamed = open_streamed(open_checkpoint(folder), torch.device("cpu"), torch.float32)
+    hidden, arguments = streamed.first_inputs(tokens)
+    before = hidden.clone()
+    sensitivity = measure_sensitivity(streamed, tokens, hidden, arguments, 7, tmp_path)
+    assert torch.equal(hidden, before)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    gradients: dict[str, list[torch.Tensor]] = {}
+    linears = [n for i in range(3) for n in streamed.linears(i)]
+    for name in linears:
+        model.get_submodule(name).register_full_backward_hook(
+            lambda _, __, by_output, name=name: gradients.setdefault(name, []).append(by_output[0][0])
+        )
+    generator = torch.Generator().manual_seed(7)
+    for sequence in tokens:
+        log_p = torch.log_softmax(model(sequence[None]).logits[0], -1)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        (-log_p.gather(1, labels).sum()).backward()
+
+    for name in linears:
+        expected = torch.stack(gradients[name])
+        weights = expected.square().sum(-1)
+        torch.testing.assert_close(sensitivity.shared_weights([name]), weights / weights.mean(), rtol=1e-3, atol=1e-5)
+        rows = expected.flatten(0, 1)
+        covariance = rows.T @ rows / len(rows)
+        measured = sensitivity.row_covariance(name)
+        for first in range(0, len(covariance), ROW_BLOCK):
+            block = covariance[first : first + ROW_BLOCK, first : first + ROW_BLOCK]
+            torch.testing.assert_close(
+                measured[first : first + ROW_BLOCK, : len(block)],
+                block,
+                rtol=1e-3,
+                atol=float(block.abs().max()) * 1e-5,
+            )
+
+
+def test_linears_of_one_input_share_weights_of_mean_one(folder: Path, tmp_path: Path) -> None:
+    tokens = torch.randint(4096, (2, 8), generator=torch.Generator().manual_seed(2))
+    streamed = open_streamed(open_checkpoint(folder), torch.device("cpu"), torch.float32)
+    sensitivity = measure_sensitivity(streamed, tokens, *streamed.first_inputs(tokens), 0, tmp_path)
+    shared = sensitivity.shared_weights([f"model.layers.0.self_attn.{n}_proj" for n in "qkv"])
+    assert shared.shape == (2, 8)
+    assert float(shared.mean()) == pytest.approx(1.0, rel=1e-5)
+    assert not list(tmp_path.glob("tmp*")), "what waited on disk is gone"
