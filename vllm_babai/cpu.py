@@ -1,38 +1,44 @@
-"""CPU backend of `babai::matmul`: device layout, the compiled kernels for few tokens, a dequantized matmul for many.
+"""CPU backend of `babai::matmul`: device layout, and the way to multiply that is fastest for a number of tokens.
+
+Few tokens: the weights are decoded anew for every few of them, the overflow is summed apart. Many: a tile is expanded to
+bfloat16 integers in the cache, overflow included, and serves hundreds of tokens; integers above 2⁸ are rounded to
+bfloat16 there. Many on a processor with AMX: the dequantized weight goes to PyTorch's matmul.
 
 Layout: `dense` int32 [tiles, words, 64], see `vllm_babai.cpu_kernel`; `scales` float32 [groups, 64 · tiles]; `entries`
 int32, column · 2¹⁶ + excess, sorted by row; `offsets` int32 [out + 1], first entry of every row. Three bits are stored
 in fields of four, which then hold most of the overflow as well.
 """
 
+from collections.abc import Callable
+
 import numba
-import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from vllm_babai.cpu_kernel import (
     LANES,
     TILE_ROWS,
-    TOKEN_BLOCKS,
     Bfloat16,
     Float32,
     dense_kernels,
     dequantize_kernel,
+    expand_kernel,
     has_bfloat16,
     overflow_kernel,
     weights_per_word,
 )
+from vllm_babai.cpu_loops import dequantize_tiles, run_expanded_tiles, run_tiles
 from vllm_babai.format import Overflow, integer_range, unpack
 from vllm_babai.layout import DeviceLayout
 
 FIELD_WIDTH = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of the checkpoint → bits of a field
-TOKENS_AT_ONCE = 64  # their activations should stay in the cache
-DEQUANTIZE_TOKENS = 512
-DEQUANTIZE_TILES = 8  # tiles dequantized at a time: the copy should stay in the cache
 COLUMN_BITS = 16
+TOKENS_AT_ONCE = 64  # their activations should stay in the cache
+EXPAND_TOKENS = {2: 24, 4: 24, 8: 12}  # by width: from here on, expanding a tile pays; decoding it is for few tokens
+EXPAND_TOKENS_AT_ONCE = 256
+EXPAND_PAIRS = 1024  # pairs of columns expanded at a time: 256 KB
+DEQUANTIZE_TOKENS = 64  # with AMX: from here on, a dequantized matmul
+DEQUANTIZE_TILES = 2  # tiles dequantized at a time
 
 # numba counts the processors that its importer may use; vLLM binds that thread to one of those that torch uses.
 numba.config.NUMBA_NUM_THREADS = max(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads())
@@ -63,17 +69,17 @@ def matmul(
     x: Tensor, dense: Tensor, scales: Tensor, entries: Tensor, offsets: Tensor, bits: int, out_features: int
 ) -> Tensor:
     """x [..., in_features] in bfloat16, float16 or float32 → x Wᵀ [..., out_features] in the same dtype."""
-    width = FIELD_WIDTH[bits]
-    tokens = x.reshape(-1, x.shape[-1])
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    multiply = _multiply_dequantized if len(tokens) >= DEQUANTIZE_TOKENS else _multiply_packed
+    tokens = x.reshape(-1, x.shape[-1])
+    width = FIELD_WIDTH[bits]
+    multiply = _way_to_multiply(len(tokens), x.dtype, width)
     y = multiply(tokens, dense, scales, entries, offsets, width, out_features)
     return y.view(*x.shape[:-1], out_features)
 
 
 def warm_up(layout: DeviceLayout, bits: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
-    """Compile both ways to multiply with activations of `dtype`."""
-    for tokens in (1, 2, DEQUANTIZE_TOKENS):
+    """Compile every way to multiply with activations of `dtype`."""
+    for tokens in (1, 2, EXPAND_TOKENS[FIELD_WIDTH[bits]], DEQUANTIZE_TOKENS):
         matmul(torch.zeros(tokens, in_features, dtype=dtype), *layout, bits, out_features)
 
 
@@ -107,18 +113,30 @@ def _group_shift(scales: Tensor, in_features: int) -> int:
     return COLUMN_BITS if groups == 1 else (in_features // groups).bit_length() - 1
 
 
+def _way_to_multiply(tokens: int, dtype: torch.dtype, width: int) -> Callable[..., Tensor]:
+    if _arithmetic(dtype) is Float32:
+        return _multiply_packed
+    if torch.cpu._is_amx_tile_supported():  # PyTorch's own matmul is then several times faster than any kernel without
+        return _multiply_dequantized if tokens >= DEQUANTIZE_TOKENS else _multiply_packed
+    return _multiply_expanded if tokens >= EXPAND_TOKENS[width] else _multiply_packed
+
+
+def _arithmetic(dtype: torch.dtype) -> type[Bfloat16] | type[Float32]:
+    return Bfloat16 if dtype == torch.bfloat16 and has_bfloat16() else Float32
+
+
 def _multiply_packed(
     x: Tensor, dense: Tensor, scales: Tensor, entries: Tensor, offsets: Tensor, width: int, out_features: int
 ) -> Tensor:
-    arithmetic = Bfloat16 if x.dtype == torch.bfloat16 and has_bfloat16() else Float32
+    arithmetic = _arithmetic(x.dtype)
     tokens, in_features = x.shape
-    padded = torch.nn.functional.pad(x, (0, dense.shape[1] * weights_per_word(width) - in_features)).contiguous()
+    padded = _padded(x, dense, width)
     activations = padded if arithmetic is Bfloat16 else padded.float()
     lanes = 1 if tokens == 1 else LANES
     y = torch.zeros(tokens, scales.shape[1], dtype=torch.float32)
     for start in range(0, tokens, TOKENS_AT_ONCE):
         some = slice(start, start + TOKENS_AT_ONCE)
-        _run_tiles(
+        run_tiles(
             dense_kernels(arithmetic, width),
             overflow_kernel(lanes),
             activations[some].data_ptr(),
@@ -134,10 +152,39 @@ def _multiply_packed(
     return y[:, :out_features].to(x.dtype)
 
 
+def _padded(x: Tensor, dense: Tensor, width: int) -> Tensor:
+    """x [tokens, in] with zeros up to the last word."""
+    return torch.nn.functional.pad(x, (0, dense.shape[1] * weights_per_word(width) - x.shape[1])).contiguous()
+
+
 def _tokens_in_lanes(x: Tensor, lanes: int) -> Tensor:
     """x [tokens, in] → float32 [⌈tokens / lanes⌉, in, lanes]."""
     padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % lanes))
     return padded.unflatten(0, (-1, lanes)).transpose(1, 2).float().contiguous()
+
+
+def _multiply_expanded(
+    x: Tensor, dense: Tensor, scales: Tensor, entries: Tensor, offsets: Tensor, width: int, out_features: int
+) -> Tensor:
+    activations = _padded(x, dense, width)
+    buffers = torch.empty(numba.get_num_threads(), EXPAND_PAIRS, TILE_ROWS, dtype=torch.uint32)
+    y = torch.zeros(len(x), scales.shape[1], dtype=torch.float32)
+    for start in range(0, len(x), EXPAND_TOKENS_AT_ONCE):
+        some = slice(start, start + EXPAND_TOKENS_AT_ONCE)
+        run_expanded_tiles(
+            dense_kernels(Bfloat16, 16),
+            expand_kernel(width),
+            16 // width,
+            activations[some].data_ptr(),
+            activations.stride(0) * activations.element_size(),
+            dense.numpy(),
+            scales.numpy(),
+            entries.numpy(),
+            offsets.numpy(),
+            buffers.numpy(),
+            y[some].numpy(),
+        )
+    return y[:, :out_features].to(x.dtype)
 
 
 def _multiply_dequantized(
@@ -149,7 +196,7 @@ def _multiply_dequantized(
         tiles = dense[tile : tile + DEQUANTIZE_TILES]
         weight = torch.empty(dense.shape[1] * weights_per_word(width), len(tiles) * TILE_ROWS, dtype=torch.float32)
         first_row = tile * TILE_ROWS
-        _dequantize_tiles(
+        dequantize_tiles(
             dequantize_kernel(width),
             tiles.numpy(),
             scales[:, first_row:].numpy(),
@@ -161,64 +208,3 @@ def _multiply_dequantized(
         rows = min(weight.shape[1], out_features - first_row)
         y[:, first_row : first_row + rows] = x @ weight[:in_features, :rows].to(x.dtype)
     return y
-
-
-@intrinsic
-def _call(typing_context, address, arguments):
-    """Call the compiled kernel at an address with a tuple of integers."""
-
-    def generate(context, builder, signature, values):
-        integer = ir.IntType(64)
-        kernel = ir.FunctionType(ir.VoidType(), [integer] * len(arguments))
-        pointer = builder.inttoptr(values[0], kernel.as_pointer())
-        builder.call(pointer, [builder.extract_value(values[1], i) for i in range(len(arguments))])
-        return context.get_dummy_value()
-
-    return types.void(address, arguments), generate
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def _run_tiles(
-    dense_kernels, overflow_kernel, x, x_stride, dense, scales, x_by_column, entries, offsets, group_shift, y
-):
-    tiles, words, _ = dense.shape
-    groups, row_stride = scales.shape[0], 4 * scales.shape[1]
-    tokens = y.shape[0]
-    blocks, columns, lanes = x_by_column.shape
-    for tile in prange(tiles):
-        first_row = tile * TILE_ROWS
-        words_at = dense.ctypes.data + tile * words * TILE_ROWS * 4
-        scales_at = scales.ctypes.data + first_row * 4
-        y_at = y.ctypes.data + first_row * 4
-        token = 0
-        for i in range(len(TOKEN_BLOCKS)):
-            while tokens - token >= TOKEN_BLOCKS[i]:
-                arguments = (words_at, scales_at, y_at + token * row_stride, x_stride, row_stride, row_stride)
-                _call(dense_kernels[i], (x + token * x_stride, *arguments, groups, words // groups))
-                token += TOKEN_BLOCKS[i]
-        rows = min(TILE_ROWS, len(offsets) - 1 - first_row)
-        if offsets[first_row] < offsets[first_row + rows]:
-            sums = np.empty((TILE_ROWS, lanes), np.float32)
-            offsets_at = offsets.ctypes.data + first_row * 4
-            for block in range(blocks):
-                block_at = x_by_column.ctypes.data + block * columns * lanes * 4
-                scaling = (scales_at, row_stride, group_shift, sums.ctypes.data)
-                _call(overflow_kernel, (block_at, entries.ctypes.data, offsets_at, rows, *scaling))
-                for lane in range(min(lanes, tokens - block * lanes)):
-                    for row in range(rows):
-                        y[block * lanes + lane, first_row + row] += sums[row, lane]
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def _dequantize_tiles(kernel, dense, scales, entries, offsets, group_shift, weight):
-    tiles, words, _ = dense.shape
-    groups, row_stride, weight_stride = scales.shape[0], scales.strides[0], weight.strides[0]
-    for tile in prange(tiles):
-        first_row = tile * TILE_ROWS
-        words_at = dense.ctypes.data + tile * words * TILE_ROWS * 4
-        addresses = (words_at, scales.ctypes.data + first_row * 4, weight.ctypes.data + first_row * 4)
-        _call(kernel, (*addresses, row_stride, weight_stride, groups, words // groups))
-        for row in range(first_row, min(first_row + TILE_ROWS, len(offsets) - 1)):
-            for i in range(offsets[row], offsets[row + 1]):
-                column = (entries[i] >> COLUMN_BITS) & 0xFFFF
-                weight[column, row] += np.int16(entries[i]) * scales[column >> group_shift, row]

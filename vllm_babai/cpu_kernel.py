@@ -45,7 +45,7 @@ BF16x32 = ir.VectorType(BfloatType(), 32)
 
 
 def weights_per_word(width: int) -> int:
-    """How many fields of `width` bits (2, 4 or 8) a word holds."""
+    """How many fields of `width` bits a word holds: 2, 4 or 8, or 16 for expanded weights."""
     return 32 // width
 
 
@@ -67,7 +67,7 @@ class Bfloat16:
     activation_bytes = 2
 
     def fields(self, width: int) -> Iterator[Field]:
-        """An 8-bit field is taken as two of 4 bits, 16·high + low, because a table has 32 factors."""
+        """An 8-bit field is taken as two of 4 bits, 16·high + low, because a table has 32 factors; 16 need no table."""
         if width == 8:
             low, high = tuple(range(16)), tuple(16 * (h - 8) for h in range(16))
             for p in range(2):
@@ -76,9 +76,11 @@ class Bfloat16:
             return
         half = 1 << (width - 1)
         for p in range(16 // width):
-            yield Field(width * p, 4 * p, tuple(range(-half, half)))
+            yield Field(width * p, 4 * p, tuple(range(-half, half)) if width < 16 else ())
 
     def decode(self, builder: ir.IRBuilder, shifted: ir.Value, field: Field, width: int) -> ir.Value:
+        if not field.table:
+            return builder.bitcast(shifted, BF16x32)
         # The instruction looks at five bits of the index; repeating the table makes the surplus ones harmless.
         factors = np.resize(np.array(field.table, np.float32), 32)
         table = ir.Constant(I16x32, (factors.view(np.uint32) >> 16).tolist())
@@ -126,7 +128,7 @@ def has_bfloat16() -> bool:
 
 
 @cache
-def dense_kernels(arithmetic: type[Arithmetic], width: int) -> tuple[int, ...]:
+def dense_kernels(arithmetic: type[Bfloat16] | type[Float32], width: int) -> tuple[int, ...]:
     """Addresses of the dense kernels for fields of `width` bits, one for each of TOKEN_BLOCKS."""
     return tuple(_compile(_dense_module(arithmetic(), width, tokens)) for tokens in TOKEN_BLOCKS)
 
@@ -135,6 +137,12 @@ def dense_kernels(arithmetic: type[Arithmetic], width: int) -> tuple[int, ...]:
 def overflow_kernel(lanes: int) -> int:
     """Address of the overflow kernel for `lanes` tokens, 1 or LANES."""
     return _compile(_overflow_module(lanes))
+
+
+@cache
+def expand_kernel(width: int) -> int:
+    """Address of the kernel that expands fields of `width` bits to pairs of bfloat16 integers."""
+    return _compile(_expand_module(width))
 
 
 @cache
@@ -219,6 +227,31 @@ def _overflow_module(lanes: int) -> ir.Module:
         return []
 
     _loop(builder, rows, [], one_row)
+    builder.ret_void()
+    return builder.module
+
+
+def _expand_module(width: int) -> ir.Module:
+    """expand(words, count, pairs): fields of `width` bits → words of width 16, which hold two bfloat16 integers."""
+    builder, (words, count, pairs) = _function(f"expand_{width}", 3)
+    arithmetic, fields = Float32(), 16 // width
+
+    def one_word(word: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
+        word_at = builder.add(words, builder.mul(word, I64(4 * TILE_ROWS)))
+        pairs_at = builder.add(pairs, builder.mul(word, I64(4 * TILE_ROWS * fields)))
+        for i in range(VECTORS):
+            packed = _load(builder, _offset(builder, word_at, 4 * LANES * i), I32x16)
+            floats = []
+            for field in arithmetic.fields(width):
+                shifted = builder.lshr(packed, _constant(I32x16, field.shift))
+                floats.append(builder.bitcast(arithmetic.decode(builder, shifted, field, width), I32x16))
+            for p in range(fields):
+                low = builder.lshr(floats[2 * p], _constant(I32x16, 16))
+                pair = builder.or_(low, builder.and_(floats[2 * p + 1], _constant(I32x16, 0xFFFF0000)))
+                _store(builder, pair, _offset(builder, pairs_at, 4 * (TILE_ROWS * p + LANES * i)))
+        return []
+
+    _loop(builder, count, [], one_word)
     builder.ret_void()
     return builder.module
 

@@ -86,14 +86,27 @@ def test_any_shape(
     assert_close_to_exact(y, x, weight)
 
 
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("group_size", [-1, 32])
 @pytest.mark.parametrize("bits", BITS)
-def test_many_tokens_are_multiplied_with_the_dequantized_weight(bits: int, group_size: int) -> None:
+def test_many_tokens(
+    bits: int, group_size: int, dtype: torch.dtype, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    weight = random_weight(700, 96, bits, group_size)
-    x = torch.randn(cpu.DEQUANTIZE_TOKENS, 96, dtype=torch.bfloat16)
-    expected = torch.nn.functional.linear(x, weight.dequantize(torch.bfloat16))
-    torch.testing.assert_close(multiply(x, weight, bits), expected)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    weight = random_weight(300, 96, bits, group_size)
+    x = torch.randn(cpu.DEQUANTIZE_TOKENS + 5, 96).to(dtype)
+    assert_close_to_exact(multiply(x, weight, bits), x, weight)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_tiles_are_expanded_in_pieces(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(cpu, "EXPAND_PAIRS", 24)
+    weight = random_weight(70, 148, bits)
+    x = torch.randn(24, 148, dtype=torch.bfloat16)
+    assert_close_to_exact(multiply(x, weight, bits), x, weight)
 
 
 @pytest.mark.parametrize("bits", BITS)
