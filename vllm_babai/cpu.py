@@ -1,7 +1,7 @@
 """CPU backend of `babai::matmul`: device layout, and the way to multiply that is fastest for a number of tokens.
 
-Few tokens: the weights are decoded anew for every few of them, the overflow is summed apart. Many: a tile is expanded to
-bfloat16 integers in the cache, overflow included, and serves hundreds of tokens; integers above 2⁸ are rounded to
+Few tokens: the weights are decoded anew for every few of them, the overflow is summed apart. Many: a tile is expanded
+to bfloat16 integers in the cache, overflow included, and serves hundreds of tokens; integers above 2⁸ are rounded to
 bfloat16 there. Many on a processor with AMX: the dequantized weight goes to PyTorch's matmul.
 
 Layout: `dense` int32 [tiles, words, 64], see `vllm_babai.cpu_kernel`; `scales` float32 [groups, 64 · tiles]; `entries`
@@ -18,6 +18,7 @@ from torch import Tensor
 from vllm_babai.cpu_kernel import (
     LANES,
     TILE_ROWS,
+    Arithmetic,
     Bfloat16,
     Float32,
     dense_kernels,
@@ -114,15 +115,15 @@ def _group_shift(scales: Tensor, in_features: int) -> int:
 
 
 def _way_to_multiply(tokens: int, dtype: torch.dtype, width: int) -> Callable[..., Tensor]:
-    if _arithmetic(dtype) is Float32:
+    if isinstance(_arithmetic(dtype), Float32):
         return _multiply_packed
     if torch.cpu._is_amx_tile_supported():  # PyTorch's own matmul is then several times faster than any kernel without
         return _multiply_dequantized if tokens >= DEQUANTIZE_TOKENS else _multiply_packed
     return _multiply_expanded if tokens >= EXPAND_TOKENS[width] else _multiply_packed
 
 
-def _arithmetic(dtype: torch.dtype) -> type[Bfloat16] | type[Float32]:
-    return Bfloat16 if dtype == torch.bfloat16 and has_bfloat16() else Float32
+def _arithmetic(dtype: torch.dtype) -> Arithmetic:
+    return Bfloat16() if dtype == torch.bfloat16 and has_bfloat16() else Float32()
 
 
 def _multiply_packed(
@@ -131,7 +132,7 @@ def _multiply_packed(
     arithmetic = _arithmetic(x.dtype)
     tokens, in_features = x.shape
     padded = _padded(x, dense, width)
-    activations = padded if arithmetic is Bfloat16 else padded.float()
+    activations = padded.float() if isinstance(arithmetic, Float32) else padded
     lanes = 1 if tokens == 1 else LANES
     y = torch.zeros(tokens, scales.shape[1], dtype=torch.float32)
     for start in range(0, tokens, TOKENS_AT_ONCE):
@@ -172,7 +173,7 @@ def _multiply_expanded(
     for start in range(0, len(x), EXPAND_TOKENS_AT_ONCE):
         some = slice(start, start + EXPAND_TOKENS_AT_ONCE)
         run_expanded_tiles(
-            dense_kernels(Bfloat16, 16),
+            dense_kernels(Bfloat16(), 16),
             expand_kernel(width),
             16 // width,
             activations[some].data_ptr(),

@@ -12,8 +12,9 @@ The overflow kernel sums the entries of one row, with tokens in the lanes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -60,11 +61,12 @@ class Field(NamedTuple):
     table: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
 class Bfloat16:
     """Pairs of bfloat16 integers times pairs of bfloat16 activations, summed in float32."""
 
-    name = "bf16"
-    activation_bytes = 2
+    name: ClassVar = "bf16"
+    activation_bytes: ClassVar = 2
 
     def fields(self, width: int) -> Iterator[Field]:
         """An 8-bit field is taken as two of 4 bits, 16·high + low, because a table has 32 factors; 16 need no table."""
@@ -95,11 +97,12 @@ class Bfloat16:
         return builder.call(dot, [total, factor, x])
 
 
+@dataclass(frozen=True)
 class Float32:
     """Integers converted to float32 times float32 activations."""
 
-    name = "fp32"
-    activation_bytes = 4
+    name: ClassVar = "fp32"
+    activation_bytes: ClassVar = 4
 
     def fields(self, width: int) -> Iterator[Field]:
         for p in range(16 // width):
@@ -128,9 +131,9 @@ def has_bfloat16() -> bool:
 
 
 @cache
-def dense_kernels(arithmetic: type[Bfloat16] | type[Float32], width: int) -> tuple[int, ...]:
+def dense_kernels(arithmetic: Arithmetic, width: int) -> tuple[int, ...]:
     """Addresses of the dense kernels for fields of `width` bits, one for each of TOKEN_BLOCKS."""
-    return tuple(_compile(_dense_module(arithmetic(), width, tokens)) for tokens in TOKEN_BLOCKS)
+    return tuple(_compile(_dense_module(arithmetic, width, tokens)) for tokens in TOKEN_BLOCKS)
 
 
 @cache

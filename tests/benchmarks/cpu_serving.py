@@ -7,6 +7,7 @@ the other, and lets the `openai` client ask for completions at 1 and at 8 concur
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, choices=BIT_WIDTHS, default=4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server stops, too
     speeds: dict[str, dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         parameters = save_models(Path(folder), options.bits)
