@@ -96,15 +96,16 @@ def _target_config(checkpoint: Checkpoint, config: CheckpointConfig, to: str) ->
     """The converted checkpoint's config; SSQR widths stay in that of HPTQ, to be taken up on the way back."""
     if to not in FORMATS:
         raise QuantizationError(f"--to {to} is unknown: use dense, {' or '.join(FORMATS)}")
+    config = replace(config, format=to, residency="packed")
     if to != "ssqr" or config.bits is not None:
-        return replace(config, format=to)
+        return config
     widths: dict[str, int] = {}
     for linear, weight, _, _ in stored_linears(checkpoint):
         widths[linear] = smallest_width(weight.integers)
     shared = {linear: max(widths.get(name, 0) for name in fused_with(linear)) for linear in widths}
     common = max(set(shared.values()), key=list(shared.values()).count)
     overrides = {linear: {"bits": bits} for linear, bits in shared.items() if bits != common}
-    return replace(config, format=to, bits=common, overrides=overrides)
+    return replace(config, bits=common, overrides=overrides)
 
 
 def smallest_width(integers: Tensor) -> int:

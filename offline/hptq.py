@@ -1,6 +1,7 @@
 """HPTQ: one step per matrix, found so that the entropy-coded integers take a given number of bits."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,27 +17,53 @@ RATE_TOLERANCE = 0.002
 RELATIVE_PRICE = 0.5  # of a bit, over the rate-distortion slope; best of 0, ½ and 1 on the reference model
 
 
+@dataclass
+class _Search:
+    """Secant search for the octave (binary logarithm of the step) at which a matrix codes to `rate`.
+
+    slope: bits that an octave costs, 1 where there are many. last: the octave and rate before, if comparable.
+    """
+
+    rate: float
+    octave: float
+    slope: float = 1.0
+    last: tuple[float, float] | None = None
+
+    def step(self, weight: Tensor) -> Tensor:
+        """The step to try, as bfloat16 stores it, float32 [1, 1]."""
+        return torch.tensor([[2.0**self.octave]], device=weight.device).to(torch.bfloat16).float()
+
+    def move(self, reached: float) -> None:
+        """Go on from the rate that the step reached."""
+        if self.last is not None and self.last[0] != self.octave:
+            secant = (self.last[1] - reached) / (self.octave - self.last[0])
+            self.slope = min(max(secant, 0.4), 1.2)
+        self.last = (self.octave, reached)
+        self.octave += (reached - self.rate) / self.slope
+
+
 def search_rate(weight: Tensor, lattice: Lattice, rate: float, seed: int) -> Solution:
     """Solve with one step for the whole matrix at which it codes to `rate` bits per weight, tables included.
 
     weight: [n, out] in the columns' order. The step is first sought on draws of the targets that nearest plane is
-    expected to meet, which cost no pass; one bit less for every octave of the step is the rule by which it moves.
+    expected to meet, which cost no pass.
     """
     factor = lattice.columns
     spread = float(weight.std()) or 1.0
-    octave = math.log2(spread * math.sqrt(2 * math.pi * math.e)) - rate
+    search = _Search(rate, math.log2(spread * math.sqrt(2 * math.pi * math.e)) - rate)
     for guess in range(GUESSES):
-        step = _step(octave, weight)
+        step = search.step(weight)
         targets, _ = expected_targets(weight, step, factor, seed + guess)
-        octave += coded_rate(torch.round(targets * code_shrinkage(targets, step, factor) / step)) - rate
+        search.move(coded_rate(torch.round(targets * code_shrinkage(targets, step, factor) / step)))
+    search.last = None
     passes, missed = 0, True
     while missed and passes < MAX_PASSES:
-        step = _step(octave, weight)
+        step = search.step(weight)
         shrinkage = code_shrinkage(targets, step, factor)
         plane = lattice.solve(weight, step, shrinkage)
         reached = coded_rate(plane.integers)
         missed = abs(reached - rate) > RATE_TOLERANCE * rate
-        octave += reached - rate
+        search.move(reached)
         passes += 1
     row_pivots = lattice.row_pivots(weight.shape[1]).to(weight.device)
     pulled = float(factor.pivots @ ((1 - shrinkage) * targets).double().square() @ row_pivots)
@@ -60,8 +87,3 @@ def code_shrinkage(targets: Tensor, step: Tensor, factor: Factor) -> Tensor:
 def coded_rate(integers: Tensor) -> float:
     """Bits per weight that integers [n, out] code to; their order does not matter."""
     return 8 * predicted_bytes(integers.T.short().contiguous().cpu()) / integers.numel()
-
-
-def _step(octave: float, weight: Tensor) -> Tensor:
-    """2^octave as bfloat16 stores it, float32 [1, 1]."""
-    return torch.tensor([[2.0**octave]], device=weight.device).to(torch.bfloat16).float()

@@ -23,9 +23,8 @@ from vllm_babai.format.lattice import MAX_INTEGER
 from vllm_babai.format.parallel import parallel_map
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor, factorize
-from vllm_babai.offline.nearest_plane import NearestPlane
+from vllm_babai.offline.nearest_plane import NearestPlane, from_right_to_left
 
-LEAF = 16
 ROW_DAMPING = 0.05
 
 
@@ -96,17 +95,10 @@ def _solve_block(
     arrays = [t.numpy() for t in (carried, weight, steps, inverse, upper, row_upper_t, integers, residual, targets)]
     leaf = _compiled_leaf()
 
-    def solve(low: int, high: int) -> None:
-        if high - low > LEAF:
-            middle = low + (high - low) // 2
-            solve(middle, high)
-            carried[low:middle].addmm_(upper[low:middle, middle:high], residual[middle:high])
-            solve(low, middle)
-        else:
-            leaf(low, high, *arrays)
+    def carry(low: int, middle: int, high: int) -> None:
+        carried[low:middle].addmm_(upper[low:middle, middle:high], residual[middle:high])
 
-    solve(0, len(weight))
-    del solve  # refers to itself, which would keep all tensors here until the garbage collector comes by
+    from_right_to_left(0, len(weight), lambda low, high: leaf(low, high, *arrays), carry)
     return integers, residual, targets
 
 

@@ -8,6 +8,7 @@ so only the rows of R divided by their diagonal enter: one Cholesky factor and n
 integers in the opposite order from the factor of the inverse.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,26 +62,38 @@ def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor, shrinkage: 
     steps = steps.expand_as(weight)
     inverse = (shrinkage / steps).expand_as(weight)
 
-    def solve(low: int, high: int) -> None:
-        if high - low > LEAF:
-            middle = low + (high - low) // 2
-            solve(middle, high)
-            targets[low:middle].addmm_(unit_upper[low:middle, middle:high], residual[middle:high])
-            solve(low, middle)
-            return
+    def decide(low: int, high: int) -> None:
         for j in range(high - 1, low - 1, -1):
             targets[j].addmv_(residual[j + 1 : high].T, unit_upper[j, j + 1 : high])
             torch.mul(targets[j], inverse[j], out=integers[j]).round_()
             torch.addcmul(weight[j], integers[j], steps[j], value=-1, out=residual[j])
 
-    solve(0, len(weight))
-    del solve  # refers to itself, which would keep all tensors here until the garbage collector comes by
+    def carry(low: int, middle: int, high: int) -> None:
+        targets[low:middle].addmm_(unit_upper[low:middle, middle:high], residual[middle:high])
+
+    from_right_to_left(0, len(weight), decide, carry)
     largest = integers.abs().max() if integers.numel() else 0
     if not largest <= MAX_INTEGER:
         raise QuantizationError(
             f"an integer reached {float(largest):.0f}, more than {MAX_INTEGER}: the step is too small"
         )
     return NearestPlane(integers, residual, targets)
+
+
+def from_right_to_left(
+    low: int, high: int, decide: Callable[[int, int], None], carry: Callable[[int, int, int], None]
+) -> None:
+    """Solve positions low … high − 1: the right half, what it carries into the left half, the left half.
+
+    decide(low, high) solves at most LEAF positions; carry(low, middle, high) adds to the targets of low … middle − 1.
+    """
+    if high - low <= LEAF:
+        decide(low, high)
+        return
+    middle = low + (high - low) // 2
+    from_right_to_left(middle, high, decide, carry)
+    carry(low, middle, high)
+    from_right_to_left(low, middle, decide, carry)
 
 
 def squared_error(residual: Tensor, factor: Factor) -> Tensor:
