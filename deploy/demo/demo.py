@@ -92,8 +92,8 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
-def main() -> None:
-    """Run the demonstration step by step; when serving fails, show the end of the server's log."""
+def demonstrate() -> None:
+    """All steps, one after the other; when serving fails, show the end of the server's log."""
     WORK.mkdir(parents=True, exist_ok=True)
     calibration, evaluation, log = WORK / "calibration.jsonl", WORK / "evaluation.jsonl", WORK / "server.log"
     write_jsonl(calibration, CALIBRATION_MODULES)
@@ -110,11 +110,16 @@ def main() -> None:
     print_table(evaluation)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the demonstration; ends with status 1 and a short message when a step fails or is interrupted."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends like Ctrl-C: through every `finally`
     try:
-        main()
+        demonstrate()
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing is left running")
     except (ServerError, subprocess.CalledProcessError) as error:
         sys.exit(f"demo: {error}")
+
+
+if __name__ == "__main__":
+    main()
