@@ -43,7 +43,7 @@ def test_hptq_meets_its_total_and_its_predicted_errors(
     assert inspect(out).bits_per_weight == pytest.approx(rate, rel=0.003)
     planned = {linear.name: linear for linear in prediction.plan}
     for layer in json.loads((out / "babai_report.json").read_text())["layers"]:
-        assert layer["bits_per_weight"] == pytest.approx(planned[layer["name"]].rate, rel=0.015, abs=0.02)
+        assert layer["bits_per_weight"] == pytest.approx(planned[layer["name"]].rate, rel=0.015, abs=0.05)
         assert layer["measured_error"] == pytest.approx(layer["predicted_error"], rel=0.15)
 
 
