@@ -86,8 +86,7 @@ def decode_kernel(
     column_stop = tl.minimum(column_start + tile_columns, columns)
     lane = tl.arange(0, LANES)
     stream = words_ptr + tl.load(ends_ptr + tile - 1, mask=tile > 0, other=0)
-    state = load_word(stream + 2 * lane, lane >= 0) | load_word(stream + 2 * lane + 1, lane >= 0) << 16
-    position = tl.full((LANES,), 2 * LANES, tl.int32)  # the same in every lane
+    state, position = first_state(stream, lane, LANES)
     out_row = out_ptr + row_start.to(tl.int64) * columns
     for row in range(row_start, row_stop):
         row_class = tl.load(row_class_ptr + row).to(tl.int32)
@@ -96,24 +95,9 @@ def decode_kernel(
             column = start + lane
             inside = column < column_stop
             context = row_class + tl.load(column_class_ptr + column, mask=inside, other=0).to(tl.int32)
-            slot = ((state >> SHIFT) & _FIELD).to(tl.int32)
-            entry = tl.load(table_ptr + (context << _PRECISION) + slot).to(tl.uint32, bitcast=True)
-            symbol = (entry >> 24).to(tl.int32)
-            low = (state & ((1 << SHIFT) - 1)).to(tl.int32)
-            left = ((entry & _FIELD) + 1) * (state >> (_PRECISION + SHIFT))
-            left += (entry >> _PRECISION) & _FIELD
-
-            needs_word = inside & (left < 65536)
-            escapes = inside & (symbol == _ESCAPE)
-            words_before, words_taken = count_lanes(needs_word, lane, LANES, BACKEND)
-            escapes_before, escapes_taken = count_lanes(escapes, lane, LANES, BACKEND)
-            at = stream + position + words_before + escapes_before
-            refilled = left << 16 | load_word(at, needs_word)
-            literal = load_word(at + needs_word.to(tl.int32), escapes).to(tl.int16).to(tl.int32)
-            state = tl.where(inside, tl.where(needs_word, refilled, left), state)
-            position += words_taken + escapes_taken
-
-            integer = tl.where(escapes, literal, ((symbol - _CENTRE) << SHIFT) + low + offset)
+            integer, state, position = decode_step(
+                stream, state, position, table_ptr, context, inside, lane, offset, SHIFT, LANES, BACKEND
+            )
             if DEQUANTIZE:
                 if GROUPED:
                     group = column // group_size
@@ -123,6 +107,47 @@ def decode_kernel(
             else:
                 tl.store(out_row + column, integer.to(tl.int16), mask=inside)
         out_row += columns
+
+
+@triton.jit
+def first_state(stream, lane, LANES: tl.constexpr):
+    """State of every lane, uint32, and position in the stream, int32 and the same in every lane."""
+    state = load_word(stream + 2 * lane, lane >= 0) | load_word(stream + 2 * lane + 1, lane >= 0) << 16
+    return state, tl.full((LANES,), 2 * LANES, tl.int32)
+
+
+@triton.jit
+def decode_step(
+    stream,
+    state,
+    position,
+    table_ptr,
+    context,
+    inside,
+    lane,
+    offset,
+    SHIFT: tl.constexpr,
+    LANES: tl.constexpr,
+    BACKEND: tl.constexpr,
+):
+    """Decode one integer in every lane that is inside: the integers, int32, and the new states and position."""
+    slot = ((state >> SHIFT) & _FIELD).to(tl.int32)
+    entry = tl.load(table_ptr + (context << _PRECISION) + slot).to(tl.uint32, bitcast=True)
+    symbol = (entry >> 24).to(tl.int32)
+    low = (state & ((1 << SHIFT) - 1)).to(tl.int32)
+    left = ((entry & _FIELD) + 1) * (state >> (_PRECISION + SHIFT))
+    left += (entry >> _PRECISION) & _FIELD
+
+    needs_word = inside & (left < 65536)
+    escapes = inside & (symbol == _ESCAPE)
+    words_before, words_taken = count_lanes(needs_word, lane, LANES, BACKEND)
+    escapes_before, escapes_taken = count_lanes(escapes, lane, LANES, BACKEND)
+    at = stream + position + words_before + escapes_before
+    refilled = left << 16 | load_word(at, needs_word)
+    literal = load_word(at + needs_word.to(tl.int32), escapes).to(tl.int16).to(tl.int32)
+    state = tl.where(inside, tl.where(needs_word, refilled, left), state)
+    integer = tl.where(escapes, literal, ((symbol - _CENTRE) << SHIFT) + low + offset)
+    return integer, state, position + words_taken + escapes_taken
 
 
 @triton.jit

@@ -1,11 +1,11 @@
 """HPTQ that stays coded in device memory: its streams as tensors, and the op `babai::coded_matmul` that decodes them.
 
-Every call decodes the whole weight to a workspace in the dtype of the activations and multiplies with that; PyTorch's
-caching allocator makes it one workspace for all layers, also inside a captured CUDA graph. Importable without vllm.
+Importable without vllm.
 """
 
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from vllm_babai.format.hptq import Coded
 from vllm_babai.format.tables import decoder_table
 from vllm_babai.ops import library
 
-DECODERS = {"cpu": "vllm_babai.cpu_entropy", "cuda": "vllm_babai.triton_kernels.entropy"}
+BACKENDS = {"cpu": "vllm_babai.cpu_entropy", "cuda": "vllm_babai.triton_kernels.coded"}
 
 
 class CodedTensors(NamedTuple):
@@ -57,14 +57,26 @@ def coded_tensors(coded: Coded, scales: Tensor, device: torch.device) -> CodedTe
     )
 
 
-def decoder(device_type: str) -> Callable[[CodedTensors, Tensor], Tensor]:
-    """The function of a device that decodes into `out` [rows, columns]: int16 integers, or S ∘ Z in a floating type.
+def multiply_decoded(x: Tensor, coded: CodedTensors, decode: Callable[[CodedTensors, Tensor], Tensor]) -> Tensor:
+    """x Wᵀ in the dtype of x, for many tokens: decode to a workspace, multiply with that.
 
-    Raises NotImplementedError for a device that has none.
+    PyTorch's caching allocator makes it one workspace for all layers, also inside a captured CUDA graph.
+    decode: decodes into its second argument and returns it.
     """
-    if device_type not in DECODERS:
-        raise NotImplementedError(f"babai decodes on {', '.join(DECODERS)}, not on {device_type}")
-    return import_module(DECODERS[device_type]).decode
+    # fp16 has no room for small scales times large integers
+    compute = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
+    workspace = torch.empty(len(coded.row_class), len(coded.column_class), dtype=compute, device=x.device)
+    return torch.nn.functional.linear(x.to(compute), decode(coded, workspace)).to(x.dtype)
+
+
+def backend(device_type: str) -> ModuleType:
+    """The module whose `multiply_coded(x, CodedTensors)` is for this type of device.
+
+    Raises NotImplementedError where there is none.
+    """
+    if device_type not in BACKENDS:
+        raise NotImplementedError(f"babai decodes on {', '.join(BACKENDS)}, not on {device_type}")
+    return import_module(BACKENDS[device_type])
 
 
 library.define(
@@ -74,12 +86,7 @@ library.define(
 
 
 def _coded_matmul(x: Tensor, *fields: Any) -> Tensor:
-    coded = CodedTensors(*fields)
-    # fp16 has no room for small scales times large integers
-    compute = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
-    workspace = torch.empty(len(coded.row_class), len(coded.column_class), dtype=compute, device=x.device)
-    weight = decoder(x.device.type)(coded, workspace)
-    return torch.nn.functional.linear(x.to(compute), weight).to(x.dtype)
+    return backend(x.device.type).multiply_coded(x, CodedTensors(*fields))
 
 
 def _coded_matmul_fake(x: Tensor, *fields: Any) -> Tensor:

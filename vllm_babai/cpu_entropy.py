@@ -1,13 +1,18 @@
-"""Decode HPTQ's rANS streams from tensors on the CPU, on every core."""
+"""CPU backend of `babai::coded_matmul`: decode HPTQ's rANS streams on every core, then multiply."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_babai.coded import CodedTensors
+from vllm_babai.coded import CodedTensors, multiply_decoded
 from vllm_babai.format.hptq import Shape
 from vllm_babai.format.parallel import parallel_map
 from vllm_babai.format.rans import decode_tile
+
+
+def multiply_coded(x: Tensor, coded: CodedTensors) -> Tensor:
+    """x [..., in_features] in a floating type → x Wᵀ [..., out_features] in the same."""
+    return multiply_decoded(x, coded, decode)
 
 
 def decode(coded: CodedTensors, out: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from vllm_babai.reader import CODED_READERS, READERS, Reader, read_layer
 # LoRA looks for `qweight`.
 LAYOUT_NAMES = ("qweight", "scales", "overflow_entries", "overflow_offsets")
 CODED_NAMES = ("qweight", "ends", "row_class", "column_class", "table", "scales")
+CODED_TILE_WEIGHTS = 1 << 15  # a tile is a warp's: thousands in a large matrix, at 0.02 bit per weight
 
 
 @register_weight_loader_v2_supported_method
@@ -118,7 +119,7 @@ class CodedLinearMethod(BabaiLinearMethod):
     activity = "Coding"
 
     def _place(self, weight: LatticeWeight, device: torch.device) -> dict[str, Tensor]:
-        coded = read_blob(encode_integers(weight.integers, scales_crc=0))
+        coded = read_blob(encode_integers(weight.integers, scales_crc=0, tile_weights=CODED_TILE_WEIGHTS))
         streams = coded_tensors(coded, weight.scales, device)
         self.cut = streams[len(CODED_NAMES) :]
         return dict(zip(CODED_NAMES, streams, strict=False))

@@ -1,10 +1,11 @@
-"""The GPU decoder of HPTQ: exact in Triton's interpreter, and compiled for the GPUs that it is meant for."""
+"""The GPU decoder of HPTQ, alone and fused with a product: exact in the interpreter, and compiled for GPUs."""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from triton.compiler import ASTSource
 
 from vllm_babai.coded import coded_tensors
 from vllm_babai.format import HPTQ, LatticeWeight, hptq
+from vllm_babai.triton_kernels.coded import MAX_TOKENS, multiply_coded, multiply_kernel
 from vllm_babai.triton_kernels.entropy import decode, decode_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -40,19 +42,36 @@ def test_interpreted_decoder_is_exact() -> None:
 def test_decoder_compiles(architecture: int, out: str, tmp_path: Path) -> None:
     types = {**TYPES, "out_ptr": f"*{out}"}
     constants = {"SHIFT": 0, "LANES": 32, "DEQUANTIZE": out == "bf16", "GROUPED": False, "BACKEND": "cuda"}
-    names = decode_kernel.arg_names
+    assembly = assembly_of(decode_kernel, types, constants, architecture, tmp_path)
+    assert "VOTE" in assembly and "SHFL" not in assembly  # lanes are counted by votes, not by a scan
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+@pytest.mark.parametrize("tokens", [1, MAX_TOKENS])
+def test_fused_kernel_compiles(architecture: int, tokens: int, tmp_path: Path) -> None:
+    types = {**TYPES, "x_ptr": "*fp32", "partial_ptr": "*fp32"}
+    constants = {"SHIFT": 0, "LANES": 32, "TOKENS": tokens, "GROUPED": False, "BACKEND": "cuda"}
+    assembly = assembly_of(multiply_kernel, types, constants, architecture, tmp_path)
+    step = assembly[assembly.index("VOTE") : assembly.rindex("VOTE")]
+    assert "SHFL" not in step and "LDS" not in step  # lanes are added up, and layouts converted, at the end of a row
+
+
+def assembly_of(kernel: Any, types: dict[str, str], constants: dict, architecture: int, tmp_path: Path) -> str:
+    """Compiled without a stack or local memory."""
+    names = kernel.arg_names
+    pointers = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name.endswith("_ptr")}
     source = ASTSource(
-        decode_kernel,
+        kernel,
         {name: types.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
+        pointers,
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 1})
     cubin = tmp_path / "decode.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = subprocess.check_output([TOOLS / "cuobjdump", "--dump-resource-usage", cubin], text=True)
     assert re.search(r"STACK:0 .*LOCAL:0", usage)
-    assembly = subprocess.check_output([TOOLS / "nvdisasm", "-c", cubin], text=True)
-    assert "VOTE" in assembly and "SHFL" not in assembly  # lanes are counted by votes, not by a scan
+    return subprocess.check_output([TOOLS / "nvdisasm", "-c", cubin], text=True)
 
 
 def check_decoder(rows: int, columns: int, sigma: float, uneven: float, scales: torch.Tensor) -> None:
@@ -65,6 +84,10 @@ def check_decoder(rows: int, columns: int, sigma: float, uneven: float, scales: 
     assert torch.equal(decode(tensors, torch.empty(rows, columns, dtype=torch.int16)), integers)
     workspace = decode(tensors, torch.empty(rows, columns, dtype=torch.bfloat16))
     assert torch.equal(workspace, weight.dequantize(torch.bfloat16))
+    for tokens in (1, 3, 5):
+        x = torch.randn(tokens, columns)
+        expected = x @ weight.dequantize().t()
+        assert torch.allclose(multiply_coded(x, tensors), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     print(coded.shape, "contexts", len(coded.model.codes), "shift", coded.model.shift)
 
 

@@ -77,4 +77,4 @@ def test_under_torch_compile() -> None:
 
 def test_devices_without_a_decoder_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="not on xpu"):
-        coded.decoder("xpu")
+        coded.backend("xpu")

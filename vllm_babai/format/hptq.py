@@ -122,17 +122,22 @@ class HPTQ:
 
 def predicted_bytes(integers: Tensor) -> float:
     """Bytes of the blob that int16 integers [out, in] will take, without coding them; within a few bytes per tile."""
-    shape = _cut(*integers.shape)
+    shape = _cut(*integers.shape, TILE_WEIGHTS)
     bits = fit_model(integers.numpy())[1] + shape.count * (32 + 24 * shape.lanes)
     return HEADER.size + bits / 8
 
 
-def encode_integers(integers: Tensor, scales_crc: int, exponents: np.ndarray | None = None) -> Tensor:
-    """Integers, int16 [out, in], and exponents of their column scales, if any → blob, uint8 [bytes]."""
+def encode_integers(
+    integers: Tensor, scales_crc: int, exponents: np.ndarray | None = None, tile_weights: int | None = None
+) -> Tensor:
+    """Integers, int16 [out, in], and exponents of their column scales, if any → blob, uint8 [bytes].
+
+    tile_weights: about so many in a tile (None: TILE_WEIGHTS); smaller tiles let more threads decode, and cost bits.
+    """
     from vllm_babai.format import rans
 
     matrix = np.ascontiguousarray(integers.numpy())
-    shape = _cut(*matrix.shape)
+    shape = _cut(*matrix.shape, tile_weights or TILE_WEIGHTS)
     model, _ = fit_model(matrix)
     table = encoder_table(model.frequencies)
     rows, columns = model.classes.rows, model.classes.columns
@@ -215,11 +220,11 @@ def decode_integers(coded: Coded, row_window: slice | None = None, column_window
     return torch.from_numpy(np.ascontiguousarray(inside))
 
 
-def _cut(rows: int, columns: int) -> Shape:
-    """Tiles of about TILE_WEIGHTS weights, of MAX_LANES lanes except in small matrices."""
+def _cut(rows: int, columns: int, tile_weights: int) -> Shape:
+    """Tiles of about `tile_weights` weights, of MAX_LANES lanes except in small matrices."""
     across = max(1, -(-columns // TILE_COLUMNS))
     tile_columns = max(1, min(columns, -(-columns // across // 32) * 32))
-    tile_rows = min(max(1, TILE_WEIGHTS // tile_columns // 32) * 32, TILE_ROWS)
+    tile_rows = min(max(1, tile_weights // tile_columns // 32) * 32, TILE_ROWS)
     lanes = min(MAX_LANES, 1 << max(0, (rows * columns // LANE_WEIGHTS).bit_length() - 1))
     return Shape(rows, columns, tile_rows, tile_columns, lanes)
 
