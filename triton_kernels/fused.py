@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_babai.layout import DeviceLayout
-from vllm_babai.triton_kernels.configs import Config, Target
+from vllm_babai.triton_kernels.configs import BUCKETS, Config, Target
 from vllm_babai.triton_kernels.layout import SLOT, Geometry
 from vllm_babai.triton_kernels.unpack import load_words, matrix_product, round_to, unpack_slot
 
@@ -50,6 +50,7 @@ def fused_kernel(
     EVEN_K: tl.constexpr,
     ROWS: tl.constexpr,
     BM: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     STORED_M: tl.constexpr,
     SHARES_STEP: tl.constexpr,
     OVERFLOW_M: tl.constexpr,
@@ -58,12 +59,14 @@ def fused_kernel(
     BACKEND: tl.constexpr,
 ):
     row_blocks = padded_rows // ROWS
-    tiles = row_blocks * tl.cdiv(m, BM)
-    tile = tl.program_id(0) % tiles
-    share = tl.program_id(0) // tiles
     shares = segments + splits
-    rows = tile % row_blocks * ROWS + tl.arange(0, ROWS)
-    first_token = tile // row_blocks * BM
+    tile = tl.program_id(0) // shares  # all shares of a tile are neighbours, so that overflow and dense part overlap
+    share = tl.program_id(0) % shares
+    if ONE_TILE:
+        row_block, first_token = tile, 0
+    else:
+        row_block, first_token = tile % row_blocks, tile // row_blocks * BM
+    rows = row_block * ROWS + tl.arange(0, ROWS)
     if share < segments:
         _overflow_share(
             xt_ptr, scales_ptr, entries_ptr, starts_ptr, partials_ptr, tile * shares + share, share, rows,
@@ -212,6 +215,7 @@ def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int
         "EVEN_K": geometry.in_features % block == 0,
         "ROWS": config.rows,
         "BM": block_m,
+        "ONE_TILE": tokens < BUCKETS[-1],  # of tokens
         "STORED_M": tokens,
         "SHARES_STEP": max(1, min(8, SUM_ELEMENTS // (config.rows * tokens))),
         "OVERFLOW_M": overflow_m,
