@@ -189,6 +189,25 @@ def convert(
     typer.echo(f"{folder}: {to}, {open_checkpoint(folder).bytes() / 1e6:.1f} MB")
 
 
+@app.command()
+def tune(
+    device: Annotated[str, typer.Option(help="The GPU to tune for.")] = "cuda",
+    out: Annotated[
+        Path | None, typer.Option(help="Table to write; without it, the installed one for this GPU.")
+    ] = None,
+) -> None:
+    """Measure which kernel configurations are fastest on this GPU, and write its table."""
+    import torch
+
+    from vllm_babai.offline.errors import QuantizationError
+
+    if not torch.cuda.is_available():
+        raise QuantizationError("babai tune measures a GPU, and there is none here")
+    from vllm_babai.triton_kernels.tune import tune as run
+
+    typer.echo(f"{run(device, out, report=typer.echo)}: written")
+
+
 def main() -> None:
     """Run the command; what the user can mend is shown without a traceback."""
     from vllm_babai.offline.errors import QuantizationError
