@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_babai.format.hptq import Coded
+from vllm_babai.format import LatticeWeight
+from vllm_babai.format.hptq import Coded, encode_integers, read_blob
 from vllm_babai.format.tables import decoder_table
 from vllm_babai.ops import library
 
+TILE_WEIGHTS = 1 << 15  # a tile is a warp's: thousands in a large matrix, at 0.02 bit per weight
 BACKENDS = {"cpu": "vllm_babai.cpu_entropy", "cuda": "vllm_babai.triton_kernels.coded"}
 
 
@@ -55,6 +57,12 @@ def coded_tensors(coded: Coded, scales: Tensor, device: torch.device) -> CodedTe
         model.offset,
         model.shift,
     )
+
+
+def code(weight: LatticeWeight, device: torch.device) -> CodedTensors:
+    """The part of a layer that a rank holds, as one matrix, on a device."""
+    blob = encode_integers(weight.integers, scales_crc=0, tile_weights=TILE_WEIGHTS)
+    return coded_tensors(read_blob(blob), weight.scales, device)
 
 
 def multiply_decoded(x: Tensor, coded: CodedTensors, decode: Callable[[CodedTensors, Tensor], Tensor]) -> Tensor:

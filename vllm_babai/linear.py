@@ -9,9 +9,8 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
 from vllm_babai import ops
-from vllm_babai.coded import coded_tensors
+from vllm_babai.coded import code
 from vllm_babai.format import FormatError, LatticeWeight, LayerScheme
-from vllm_babai.format.hptq import encode_integers, read_blob
 from vllm_babai.layout import DeviceLayout
 from vllm_babai.parameter import StoredParameter
 from vllm_babai.progress import LoadProgress
@@ -20,7 +19,6 @@ from vllm_babai.reader import CODED_READERS, READERS, Reader, read_layer
 # LoRA looks for `qweight`.
 LAYOUT_NAMES = ("qweight", "scales", "overflow_entries", "overflow_offsets")
 CODED_NAMES = ("qweight", "ends", "row_class", "column_class", "table", "scales")
-CODED_TILE_WEIGHTS = 1 << 15  # a tile is a warp's: thousands in a large matrix, at 0.02 bit per weight
 
 
 @register_weight_loader_v2_supported_method
@@ -119,10 +117,10 @@ class CodedLinearMethod(BabaiLinearMethod):
     activity = "Coding"
 
     def _place(self, weight: LatticeWeight, device: torch.device) -> dict[str, Tensor]:
-        coded = read_blob(encode_integers(weight.integers, scales_crc=0, tile_weights=CODED_TILE_WEIGHTS))
-        streams = coded_tensors(coded, weight.scales, device)
-        self.cut = streams[len(CODED_NAMES) :]
-        return dict(zip(CODED_NAMES, streams, strict=False))
+        fields = code(weight, device)
+        tensors = [field for field in fields if isinstance(field, Tensor)]
+        self.cut = fields[len(tensors) :]
+        return dict(zip(CODED_NAMES, tensors, strict=True))
 
     def _multiply(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
         return torch.ops.babai.coded_matmul(x, *(getattr(layer, name) for name in CODED_NAMES), *self.cut)

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from vllm_babai.coded import coded_tensors
+from vllm_babai.coded import CodedTensors, code
 from vllm_babai.format import HPTQ, LatticeWeight, LayerScheme
-from vllm_babai.format.hptq import encode_integers, read_blob
 from vllm_babai.reader import RankWeight, StoredLinear, Window, pack_lattice, read_hptq, stack_lattice
 from vllm_babai.triton_kernels import device_layout
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+CPU = torch.device("cpu")
 DISK = 1e9  # bytes per second
 REPEATS = 3
 COLUMNS = {
@@ -47,10 +47,8 @@ def load_packed(linear: StoredLinear) -> RankWeight:
     return pack_lattice(read_hptq(linear, LayerScheme(None)))
 
 
-def load_coded(linear: StoredLinear) -> LatticeWeight:
-    weight = stack_lattice(read_hptq(linear, LayerScheme(None)))
-    read_blob(encode_integers(weight.integers, 0))
-    return weight
+def load_coded(linear: StoredLinear) -> CodedTensors:
+    return code(stack_lattice(read_hptq(linear, LayerScheme(None))), CPU)
 
 
 def seconds(function: Callable[[], object]) -> tuple[float, float]:
@@ -69,9 +67,8 @@ def measure(rows: int, columns: int, rate: float) -> list[dict[str, Any]]:
     linear = stored_linear(rows, columns, rate)
     bf16 = 2 * rows * columns
     on_disk = sum(tensor.nbytes for tensor in linear.tensors.values())
-    packed, weight = load_packed(linear), load_coded(linear)
-    layout = device_layout(packed.qweight, packed.scales, packed.overflow, packed.bits, columns, torch.device("cpu"))
-    streams = coded_tensors(read_blob(linear.tensors["codes"]), weight.scales, torch.device("cpu"))
+    packed, streams = load_packed(linear), load_coded(linear)
+    layout = device_layout(packed.qweight, packed.scales, packed.overflow, packed.bits, columns, CPU)
     results: list[dict[str, Any]] = []
     for residency, load, held in (("packed", load_packed, layout), ("coded", load_coded, streams)):
         wall, cpu = seconds(lambda load=load: load(linear))

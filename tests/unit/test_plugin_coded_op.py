@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_babai import coded, cpu_entropy
-from vllm_babai.coded import CodedTensors, coded_tensors
+from vllm_babai.coded import CodedTensors, code
 from vllm_babai.format import LatticeWeight
-from vllm_babai.format.hptq import encode_integers, read_blob
 
 
 def random_weight(rows: int, columns: int, sigma: float = 1.5, groups: int = 1) -> LatticeWeight:
@@ -18,7 +17,7 @@ def random_weight(rows: int, columns: int, sigma: float = 1.5, groups: int = 1) 
 
 
 def tensors_of(weight: LatticeWeight) -> CodedTensors:
-    return coded_tensors(read_blob(encode_integers(weight.integers, 0)), weight.scales, torch.device("cpu"))
+    return code(weight, torch.device("cpu"))
 
 
 @settings(max_examples=30, deadline=None)

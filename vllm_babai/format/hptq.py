@@ -122,7 +122,7 @@ class HPTQ:
 
 def predicted_bytes(integers: Tensor) -> float:
     """Bytes of the blob that int16 integers [out, in] will take, without coding them; within a few bytes per tile."""
-    shape = _cut(*integers.shape, TILE_WEIGHTS)
+    shape = _cut(*integers.shape, tile_weights=TILE_WEIGHTS)
     bits = fit_model(integers.numpy())[1] + shape.count * (32 + 24 * shape.lanes)
     return HEADER.size + bits / 8
 
@@ -137,7 +137,7 @@ def encode_integers(
     from vllm_babai.format import rans
 
     matrix = np.ascontiguousarray(integers.numpy())
-    shape = _cut(*matrix.shape, tile_weights or TILE_WEIGHTS)
+    shape = _cut(*matrix.shape, tile_weights=tile_weights or TILE_WEIGHTS)
     model, _ = fit_model(matrix)
     table = encoder_table(model.frequencies)
     rows, columns = model.classes.rows, model.classes.columns
@@ -220,7 +220,7 @@ def decode_integers(coded: Coded, row_window: slice | None = None, column_window
     return torch.from_numpy(np.ascontiguousarray(inside))
 
 
-def _cut(rows: int, columns: int, tile_weights: int) -> Shape:
+def _cut(rows: int, columns: int, *, tile_weights: int) -> Shape:
     """Tiles of about `tile_weights` weights, of MAX_LANES lanes except in small matrices."""
     across = max(1, -(-columns // TILE_COLUMNS))
     tile_columns = max(1, min(columns, -(-columns // across // 32) * 32))
