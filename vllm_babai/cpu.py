@@ -41,8 +41,20 @@ EXPAND_PAIRS = 1024  # pairs of columns expanded at a time: 256 KB
 DEQUANTIZE_TOKENS = 64  # with AMX: from here on, a dequantized matmul
 DEQUANTIZE_TILES = 2  # tiles dequantized at a time
 
-# numba counts the processors that its importer may use; vLLM binds that thread to one of those that torch uses.
-numba.config.NUMBA_NUM_THREADS = max(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads())
+
+def _start_threads() -> None:
+    """Let numba have as many threads as torch.
+
+    numba would count the processors that its importer may use, and vLLM binds that thread to one. Starting its threads,
+    it sets OpenMP's number of threads, which is torch's as well; that is put back.
+    """
+    threads = torch.get_num_threads()
+    numba.config.NUMBA_NUM_THREADS = max(numba.config.NUMBA_NUM_THREADS, threads)
+    numba.get_num_threads()
+    torch.set_num_threads(threads)
+
+
+_start_threads()
 
 
 def device_layout(

@@ -1,5 +1,8 @@
 """The op `babai::matmul` on the CPU: against float64, in every width, grouping and dtype, eagerly and compiled."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -161,6 +164,11 @@ def test_under_torch_compile() -> None:
     x = torch.randn(3, 64, dtype=torch.bfloat16)
     compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
     assert torch.equal(compiled(x), forward(x))
+
+
+def test_thread_count_of_torch_stays() -> None:
+    code = "import torch; torch.set_num_threads(1); from vllm_babai import cpu; print(torch.get_num_threads())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
 
 
 def test_too_many_columns_are_refused() -> None:
