@@ -4,6 +4,7 @@ Runs in the root of the repository. Everything it makes stays in build/demo: the
 """
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -112,6 +113,8 @@ def demonstrate() -> None:
 
 def main() -> None:
     """Run the demonstration; ends with status 1 and a short message when a step fails or is interrupted."""
+    # So small a model gains nothing from more threads, and on a busy machine they wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends like Ctrl-C: through every `finally`
     try:
         demonstrate()
