@@ -1,7 +1,7 @@
 """The command `babai`."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -121,9 +121,13 @@ def predict(
     from vllm_babai.offline.options import QuantizeOptions
     from vllm_babai.offline.predict import predict as run
 
-    goal = {"rate": target_bits} if format == "hptq" else {"target_bits": target_bits}
-    chosen = {"calibration": calibration, "samples": samples, "sequence_length": sequence_length}
-    found = run(model, QuantizeOptions(format=format, **goal, **chosen))
+    options = QuantizeOptions(calibration=calibration, samples=samples, sequence_length=sequence_length)
+    goal = (
+        replace(options, format="hptq", rate=target_bits)
+        if format == "hptq"
+        else replace(options, target_bits=target_bits)
+    )
+    found = run(model, goal)
     if plot is not None:
         from vllm_babai.offline.plots import plot_tradeoff
 

@@ -1,6 +1,6 @@
 """Peak memory of quantization against one decoder block and the calibration activations.
 
-    python tests/benchmarks/memory.py [--hidden 1024] [--blocks 24] [--samples 32] [--sequence-length 512] [--json]
+    python tests/benchmarks/memory.py [--hidden 512] [--blocks 24] [--samples 32] [--sequence-length 512] [--json]
 
 A Llama with random weights is made on the spot. Another process quantizes a tiny model first, so that imports, compiled
 code and thread pools are there before the measurement, and then this one; the rise of its peak is printed.
@@ -25,7 +25,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512)
