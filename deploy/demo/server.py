@@ -38,7 +38,7 @@ def serving(model: Path, name: str, log: Path) -> Iterator[str]:
     """
     port = free_port()
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--quantization", "babai"),
+        *(str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--quantization", "babai"),
         *("--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)),
         *("--enforce-eager", "--max-num-seqs", "8", "--gpu-memory-utilization", "0.2"),
     ]
