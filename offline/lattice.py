@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vllm_babai.offline.factor import Factor
 from vllm_babai.offline.joint_plane import RowGeometry, joint_error, joint_plane
-from vllm_babai.offline.nearest_plane import NearestPlane, nearest_plane, squared_error
+from vllm_babai.offline.nearest_plane import NearestPlane, mean_error, nearest_plane, squared_error
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,5 @@ class Lattice:
 
     def mean_error(self, steps: Tensor, out_features: int) -> float:
         """Expected error ¹⁄₁₂ Σ s² D_j D_i of nearest plane; three times this is its bound."""
-        pivots = self.columns.pivots
-        by_row = pivots @ steps.expand(len(pivots), out_features).double().square()
-        return float(by_row @ self.row_pivots(out_features).to(by_row.device)) / 12
+        by_row = mean_error(steps.expand(-1, out_features), self.columns)
+        return float(by_row @ self.row_pivots(out_features).to(by_row.device))
