@@ -116,15 +116,15 @@ def mean_error(steps: Tensor, factor: Factor) -> Tensor:
     return factor.pivots @ steps.double().square() / 12
 
 
-def carried_variance(factor: Factor, seed: int) -> Tensor:
-    """Variance, in units of s², of what nearest plane's error adds to the target of every position, [n, 1].
+def carried_variance(factor: Factor, seed: int, steps: Tensor | float = 1.0) -> Tensor:
+    """Variance of what nearest plane's error adds to the target of every position, [n, 1]; steps: of positions, [n, 1].
 
     Rounding leaves t − s∘z = s∘u with u uniform, so the residual is w − s∘z = U⁻¹(s∘u), U being R with rows divided by
-    its diagonal, and t_j − w_j has variance s²/12 Σ_{k>j} (U⁻¹)_jk². Random probes tell these row sums without U⁻¹.
+    its diagonal, and t_j − w_j has variance ¹⁄₁₂ Σ_{k>j} (U⁻¹)_jk² s_k². Random probes tell these row sums without U⁻¹.
     """
     upper = factor.unit_upper
     generator = torch.Generator(upper.device).manual_seed(seed)
-    probes = torch.randn(len(upper), PROBES, generator=generator, device=upper.device, dtype=upper.dtype)
+    probes = torch.randn(len(upper), PROBES, generator=generator, device=upper.device, dtype=upper.dtype) * steps
     carried = probes - torch.linalg.solve_triangular(upper, probes, upper=True, unitriangular=True)
     return carried.square().mean(1, keepdim=True) / 12
 
@@ -132,9 +132,13 @@ def carried_variance(factor: Factor, seed: int) -> Tensor:
 def expected_targets(weight: Tensor, steps: Tensor, factor: Factor, seed: int) -> tuple[Tensor, Tensor]:
     """Two draws of nearest plane's targets without running it: the weight plus and minus noise as the carried error's.
 
-    weight: [n, out] in the factor's order; steps: broadcastable to it.
+    weight: [n, out] in the factor's order; steps: broadcastable to it. A target carries the errors of other positions'
+    steps. These are taken for a row's times a position's, both root mean squares, as a variance by row would cost as
+    much as nearest plane itself.
     """
+    row = steps.double().square().mean(0, keepdim=True).sqrt().to(steps.dtype)  # float32 has no squares of tiny steps
+    position = (steps / row).square().mean(1, keepdim=True).sqrt()
     generator = torch.Generator(weight.device).manual_seed(seed)
     noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
-    noise *= carried_variance(factor, seed).sqrt() * steps
+    noise *= carried_variance(factor, seed, position).sqrt() * row
     return weight + noise, weight - noise

@@ -62,7 +62,9 @@ def overflow_scales(
     price = _price_of_entry(cost, count, rate * targets.numel())
     best = (cost + price * count).argmin(1, keepdim=True)
     scales = largest.gather(1, best).squeeze(1).T
-    return torch.where(scales > 0, scales, 1.0).to(torch.bfloat16).contiguous()
+    row = scales.amax(1, keepdim=True)
+    scales = torch.where(scales > 0, scales, torch.where(row > 0, row, 1.0))  # a cell of zeros goes with its row
+    return scales.to(torch.bfloat16).contiguous()
 
 
 def _price_of_entry(cost: Tensor, count: Tensor, budget: float) -> float:

@@ -38,12 +38,12 @@ def overflow_of(result: QuantizedLinear, bits: int) -> float:
 @pytest.mark.parametrize("overflow", [0.002, 0.01, 0.05])
 @pytest.mark.parametrize("group_size", [-1, 32, 128])
 def test_overflow_rate_is_met(bits: int, overflow: float, group_size: int) -> None:
-    weight, factor = random_layer()
+    weight, factor = random_layer(rows=384)
     result = quantized(weight, factor, bits, overflow, group_size)
     assert abs(overflow_of(result, bits) - overflow) <= 0.1 * overflow
     assert result.report.overflow_rate == pytest.approx(overflow_of(result, bits))
     assert result.report.passes <= 3
-    assert result.weight.scales.shape == (192, 1 if group_size == -1 else 256 // group_size)
+    assert result.weight.scales.shape == (384, 1 if group_size == -1 else 256 // group_size)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -54,9 +54,31 @@ def test_overflow_rate_is_met_on_captured_hessians(captured: dict[str, tuple[Ten
         assert report.overflow_rate == pytest.approx(0.01, rel=0.1), name
 
 
-def test_expected_targets_spread_as_the_true_ones() -> None:
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("alike", [True, False])
+def test_overflow_rate_is_met_by_groups_of_other_sizes(bits: int, alike: bool) -> None:
+    weight, factor = random_layer()
+    generator = torch.Generator().manual_seed(1)
+    larger = torch.rand(1 if alike else 192, 8, generator=generator) < 0.5
+    weight *= torch.where(larger, 50.0, 1.0).repeat_interleave(32, 1)
+    result = quantized(weight, factor, bits, group_size=32)
+    assert overflow_of(result, bits) == pytest.approx(0.01, rel=0.1)
+
+
+def test_groups_of_zeros_leave_the_others_their_scales() -> None:
+    weight, factor = random_layer()
+    usual = quantized(weight, factor, group_size=32).weight.scales[:, 1:]
+    weight[:, :32] = 0
+    scales = quantized(weight * 2**-10, factor, group_size=32).weight.scales[:, 1:] * 2**10
+    assert float((scales / usual).log2().abs().mean()) < 0.5
+
+
+@pytest.mark.parametrize("last", [1.0, 50.0])
+def test_expected_targets_spread_as_the_true_ones(last: float) -> None:
     weight, factor = random_layer(rows=4000, columns=128)
     rows, steps = weight.T[factor.order].contiguous() * 100, torch.full((1, 4000), 2.0)
+    if last > 1:
+        steps = steps * torch.where(torch.arange(128) < 96, 1.0, last)[:, None]
     carried = nearest_plane(rows, factor.unit_upper, steps).targets - rows
     for draw in expected_targets(rows, steps, factor, seed=0):
         torch.testing.assert_close((draw - rows).std(1), carried.std(1), rtol=0.3, atol=1e-3)  # of 128 probes
