@@ -6,6 +6,8 @@ with s² ΣD and the row's own pivot; the rows share the layer's budget of overf
 error most.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,14 +35,18 @@ def search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, ov
         targets = torch.cat(expected_targets(weight, _steps(scales, cells), factor, seed + attempt))
         scales = overflow_scales(targets, both, pivots.repeat(2), row_pivots, bits, overflow)
     targets, _ = expected_targets(weight, _steps(scales, cells), factor, seed + 2)
-    passes, missed = 0, True
-    while missed and passes < MAX_PASSES:
-        scales = (scales * _stretch(weight, targets, _steps(scales, cells), bits, overflow)).to(torch.bfloat16)
+    rates: list[float] = []
+    stretch = 1.0
+    while not rates or (abs(rates[-1] - overflow) > RATE_TOLERANCE * overflow and len(rates) < MAX_PASSES):
+        if len(rates) > 1 and 0 < min(rates[-2:]) < overflow < max(rates[-2:]):
+            stretch = _between(stretch, *rates[-2:], overflow)
+        else:
+            stretch = _stretch(weight, targets, _steps(scales, cells), bits, overflow)
+        scales = (scales * stretch).to(torch.bfloat16)
         plane = lattice.solve(weight, _steps(scales, cells))
         targets = plane.targets
-        missed = abs(overflow_rate(plane.integers, bits) - overflow) > RATE_TOLERANCE * overflow
-        passes += 1
-    return Solution(scales, _steps(scales, cells), plane, passes)
+        rates.append(overflow_rate(plane.integers, bits))
+    return Solution(scales, _steps(scales, cells), plane, len(rates))
 
 
 def overflow_scales(
@@ -82,15 +88,24 @@ def _stretch(weight: Tensor, targets: Tensor, steps: Tensor, bits: int, rate: fl
     """Factor for all steps at which a share `rate` overflows, as what is carried grows in proportion to them.
 
     A target w + c overflows the range low … high of steps m·s unless m is at least w / ((high + ½)s − c) or
-    −w / (c − (low − ½)s), whatever m is when c alone does.
+    −w / (c − (low − ½)s). When c alone does, it is taken to go on overflowing, or fitting, as it does now.
     """
     low, high = integer_range(bits)
     carried = targets - weight
     above, below = (high + 0.5) * steps - carried, carried - (low - 0.5) * steps
     least = torch.where(weight > 0, weight / above, -weight / below)
-    least = least.masked_fill_((above <= 0) | (below <= 0), torch.inf).flatten()
+    now = torch.where((weight > above) | (-weight > below), torch.inf, 0.0)
+    least = torch.where((above <= 0) | (below <= 0), now, least).flatten()
     fitting = max(1, len(least) - round(rate * len(least)))
     return min(max(float(least.kthvalue(fitting).values), 0.5), 2.0)
+
+
+def _between(stretch: float, before: float, after: float, rate: float) -> float:
+    """Factor for all steps at which a share `rate` overflows, when the last, `stretch`, led past it: rates before, after.
+
+    At two bits what is carried changes so much with the steps that `_stretch` alone goes to and fro.
+    """
+    return stretch ** (math.log(rate / after) / math.log(after / before))
 
 
 def _cells(order: Tensor, groups: int) -> Tensor:

@@ -46,6 +46,16 @@ def test_overflow_rate_is_met(bits: int, overflow: float, group_size: int) -> No
     assert result.weight.scales.shape == (384, 1 if group_size == -1 else 256 // group_size)
 
 
+@pytest.mark.parametrize("group_size", [-1, 32])
+@pytest.mark.parametrize("seed", range(3))
+def test_overflow_rate_is_met_at_two_bits(seed: int, group_size: int) -> None:
+    weight, factor = random_layer(seed=seed)
+    result = quantized(weight, factor, bits=2, group_size=group_size)
+    assert overflow_of(result, 2) == pytest.approx(0.01, rel=0.1)
+    assert result.report.relative_error < 0.4  # grows fast as the rate falls
+    assert result.report.passes <= 3
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_overflow_rate_is_met_on_captured_hessians(captured: dict[str, tuple[Tensor, Tensor]], bits: int) -> None:
     for name, (weight, hessian) in captured.items():
