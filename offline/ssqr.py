@@ -101,9 +101,10 @@ def _stretch(weight: Tensor, targets: Tensor, steps: Tensor, bits: int, rate: fl
 
 
 def _between(stretch: float, before: float, after: float, rate: float) -> float:
-    """Factor for all steps at which a share `rate` overflows, when the last, `stretch`, led past it: rates before, after.
+    """Factor for all steps at which a share `rate` overflows, when the last factor, `stretch`, led past it.
 
-    At two bits what is carried changes so much with the steps that `_stretch` alone goes to and fro.
+    before, after: the rates without and with that factor. At two bits what is carried changes so much with the steps
+    that `_stretch` alone goes to and fro.
     """
     return stretch ** (math.log(rate / after) / math.log(after / before))
 
