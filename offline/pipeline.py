@@ -40,11 +40,11 @@ def quantize(
     selected = [name for i in range(len(streamed.blocks)) for name in streamed.linears(i) if not options.ignores(name)]
     if not selected:
         raise QuantizationError("--ignore excludes every linear of the model")
-    output = open_output(Path(out), streamed, options, resume=resume, overwrite=overwrite)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     length = sequence_length(options, checkpoint.config())
     tokens = calibration_tokens(tokenizer, options.calibration, options.samples, length, options.seed)
     hidden, arguments = streamed.first_inputs(tokens)
+    output = open_output(Path(out), streamed, options, resume=resume, overwrite=overwrite)
     with _progress() as progress:
         sensitivity, plan = _prepare(output, tokens, hidden, arguments, progress)
         budget = Budget(options.rate, {linear.name: linear.rate for linear in plan.values()})

@@ -205,7 +205,7 @@ def test_options_that_do_not_suit_the_model_are_named(
     options = QuantizeOptions(**{"calibration": str(short_text), "samples": 8, "sequence_length": 32} | changed)
     with pytest.raises(QuantizationError, match=message):
         quantize(source, tmp_path / "out", options)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_folders_that_hold_no_model_are_named(source: Path, options: QuantizeOptions, tmp_path: Path) -> None:
@@ -218,7 +218,8 @@ def test_folders_that_hold_no_model_are_named(source: Path, options: QuantizeOpt
         shutil.copyfile(path, tmp_path / path.name)
     save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "model.safetensors")
     with pytest.raises(QuantizationError, match=r"lacks tensors in the checkpoint: .*embed_tokens\.weight"):
-        quantize(tmp_path, tmp_path / "out", options, overwrite=True)
+        quantize(tmp_path, tmp_path / "out", options)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_quantized_model_is_refused(source: Path, options: QuantizeOptions, tmp_path: Path) -> None:
