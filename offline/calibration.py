@@ -8,8 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from vllm_babai.offline.errors import QuantizationError
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises QuantizationError when there is none that can be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise QuantizationError(
+            f"{folder} has no tokenizer that can be loaded: copy the original model's tokenizer files (tokenizer.json,"
+            f" tokenizer_config.json or what it has) there. ({reason})"
+        ) from error
 
 
 def calibration_tokens(tokenizer: Any, source: str, samples: int, length: int, seed: int) -> Tensor:

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
-from vllm_babai.offline.calibration import read_texts
+from vllm_babai.offline.calibration import load_tokenizer, read_texts
+from vllm_babai.offline.checkpoint import open_checkpoint
 from vllm_babai.offline.dense import load_dense
 from vllm_babai.offline.errors import QuantizationError
 
@@ -48,12 +48,12 @@ class Evaluation:
     comparison: Comparison | None = None
 
 
-def evaluation_windows(folder: str | Path, data: str | Path, window: int, samples: int) -> Tensor:
+def evaluation_windows(model: str | Path, data: str | Path, window: int, samples: int) -> Tensor:
     """Windows of `window` tokens of the text, int64 [windows, window]; `samples` of them spread evenly, or all (0).
 
     Documents are joined without a separator. Raises QuantizationError when there is less than one window of text.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(open_checkpoint(model).folder)
     text = "".join(read_texts(str(data), tokenizer))
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = len(tokens) // window

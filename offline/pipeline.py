@@ -6,11 +6,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from vllm_babai.format import FORMATS, CheckpointConfig
 from vllm_babai.offline.budget import Budget
-from vllm_babai.offline.calibration import calibration_tokens
+from vllm_babai.offline.calibration import calibration_tokens, load_tokenizer
 from vllm_babai.offline.capture import advance, hessians, shared_inputs
 from vllm_babai.offline.checkpoint import open_checkpoint
 from vllm_babai.offline.errors import QuantizationError
@@ -40,7 +39,7 @@ def quantize(
     selected = [name for i in range(len(streamed.blocks)) for name in streamed.linears(i) if not options.ignores(name)]
     if not selected:
         raise QuantizationError("--ignore excludes every linear of the model")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.folder)
     length = sequence_length(options, checkpoint.config())
     tokens = calibration_tokens(tokenizer, options.calibration, options.samples, length, options.seed)
     hidden, arguments = streamed.first_inputs(tokens)

@@ -4,9 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from vllm_babai.offline.calibration import calibration_tokens
+from vllm_babai.offline.calibration import calibration_tokens, load_tokenizer
 from vllm_babai.offline.checkpoint import open_checkpoint
 from vllm_babai.offline.forecast import Forecast
 from vllm_babai.offline.options import QuantizeOptions
@@ -50,7 +48,7 @@ def predict(model: str | Path, options: QuantizeOptions) -> Prediction:
     checkpoint = open_checkpoint(model)
     device = options.resolve_device()
     streamed = open_streamed(checkpoint, device, options.resolve_dtype(device))
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.folder)
     length = sequence_length(options, checkpoint.config())
     tokens = calibration_tokens(tokenizer, options.calibration, options.samples, length, options.seed)
     hidden, arguments = streamed.first_inputs(tokens)

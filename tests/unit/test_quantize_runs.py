@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
+from vllm_babai.offline.evaluate import evaluate
 
 MEMORY_BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "memory.py"
 BLOCKS = 12
@@ -206,6 +207,15 @@ def test_options_that_do_not_suit_the_model_are_named(
     with pytest.raises(QuantizationError, match=message):
         quantize(source, tmp_path / "out", options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_tokenizer_is_named(source: Path, options: QuantizeOptions, tmp_path: Path) -> None:
+    bare = shutil.copytree(source, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(QuantizationError, match=r"bare has no tokenizer that can be loaded: copy the original model's"):
+        quantize(bare, tmp_path / "out", options)
+    with pytest.raises(QuantizationError, match=r"bare has no tokenizer that can be loaded"):
+        evaluate(bare, options.calibration)
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
 def test_folders_that_hold_no_model_are_named(source: Path, options: QuantizeOptions, tmp_path: Path) -> None:
