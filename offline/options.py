@@ -7,11 +7,10 @@ from typing import Any, Literal
 import torch
 
 from vllm_babai.format import BIT_WIDTHS
+from vllm_babai.format.config import GROUP_SIZES
 from vllm_babai.offline.checkpoint import torch_dtype
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import ORDERS, Order
-
-GROUP_SIZES = (-1, 32, 64, 128)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 
 from vllm_babai import ops
 from vllm_babai.coded import code
-from vllm_babai.format import FormatError, LatticeWeight, LayerScheme
+from vllm_babai.format import LatticeWeight, LayerScheme
 from vllm_babai.layout import DeviceLayout
 from vllm_babai.parameter import StoredParameter
 from vllm_babai.progress import LoadProgress
@@ -38,9 +38,6 @@ class BabaiLinearMethod(LinearMethodBase):
     def __init__(
         self, format_name: str, scheme: LayerScheme, prefix: str, names: list[str], progress: LoadProgress
     ) -> None:
-        if format_name not in self.readers:
-            known = sorted(self.readers)
-            raise FormatError(f"{prefix}: checkpoint format {format_name!r} is unknown; known are {known}")
         self.reader = self.readers[format_name]
         self.scheme, self.prefix, self.names, self.progress = scheme, prefix, names, progress
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from vllm_babai.format import CheckpointConfig, FormatError, LayerScheme
+from vllm_babai.format import FORMATS, CheckpointConfig, FormatError, LayerScheme
+from vllm_babai.format.config import FORMAT_NAMES
 
 CONFIG = CheckpointConfig(
     "ssqr", 4, 128, ignore=["lm_head"], overrides={"model.layers.0.mlp.down_proj": {"bits": 8, "group_size": -1}}
@@ -16,6 +17,10 @@ def test_round_trip() -> None:
     assert raw["quant_method"] == "babai"
     assert raw["format_version"] == 1
     assert CheckpointConfig.from_dict(raw) == CONFIG
+
+
+def test_every_format_has_its_name() -> None:
+    assert tuple(FORMATS) == FORMAT_NAMES
 
 
 def test_scheme_of_a_layer() -> None:
@@ -40,6 +45,13 @@ def test_scales_per_row(group_size: int, groups: int) -> None:
         ({"residency": "coded"}, "'coded' is for checkpoints of format 'hptq'; this one is 'ssqr'"),
         ({"bits": 5}, "bits of the checkpoint is 5"),
         ({"overrides": {"model.layers.0.mlp.up_proj": {"bits": 7}}}, "bits of model.layers.0.mlp.up_proj is 7"),
+        ({"format": "gguf"}, r"format is 'gguf'; this version reads \('ssqr', 'hptq'\)"),
+        ({"group_size": 100}, r"group_size of the checkpoint is 100; this version reads \(-1, 32, 64, 128\)"),
+        ({"overrides": {"up_proj": {"group_size": 0}}}, "group_size of up_proj is 0"),
+        (
+            {"overrides": {"up_proj": {"bit": 4}}},
+            r"up_proj has unknown fields \['bit'\]; known are \['bits', 'group_size'\]",
+        ),
     ],
 )
 def test_a_field_at_fault_is_named(change: dict[str, Any], message: str) -> None:

@@ -57,16 +57,16 @@ def test_model_that_is_not_quantized() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"), [("format_version", 9, "format_version is 9"), ("bits", 5, "bits of .* is 5")]
+    ("field", "value", "message"),
+    [
+        ("format_version", 9, "format_version is 9"),
+        ("bits", 5, "bits of .* is 5"),
+        ("format", "gguf", "format is 'gguf'"),
+    ],
 )
 def test_unreadable_checkpoint(field: str, value: int, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         BabaiConfig.from_config({**CheckpointConfig("ssqr", 4).to_dict(), field: value})
-
-
-def test_unknown_format(linear: LinearBase) -> None:
-    with pytest.raises(FormatError, match=r"model.proj: checkpoint format 'gguf' is unknown"):
-        config_of(format="gguf").get_quant_method(linear, "model.proj")
 
 
 def test_scheme_of_a_layer(linear: LinearBase) -> None:

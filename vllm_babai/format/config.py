@@ -8,6 +8,8 @@ from vllm_babai.format.packing import BIT_WIDTHS
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "babai"
+FORMAT_NAMES = ("ssqr", "hptq")
+GROUP_SIZES = (-1, 32, 64, 128)
 RESIDENCIES = ("packed", "coded")
 
 
@@ -69,9 +71,19 @@ class CheckpointConfig:
         if unknown or missing:
             raise FormatError(f"quantization_config has unknown fields {sorted(unknown)}, lacks {sorted(missing)}")
         config = cls(**fields)
+        if config.format not in FORMAT_NAMES:
+            raise FormatError(f"format is {config.format!r}; this version reads {FORMAT_NAMES}")
         config.check_residency()
+        known = LayerScheme.__dataclass_fields__.keys()
+        for name, override in config.overrides.items():
+            if unknown := override.keys() - known:
+                raise FormatError(
+                    f"overrides of {name} has unknown fields {sorted(unknown)}; known are {sorted(known)}"
+                )
         for name in ("", *config.overrides):
-            bits = config.scheme(name).bits
-            if config.format == "ssqr" and bits not in BIT_WIDTHS:
-                raise FormatError(f"bits of {name or 'the checkpoint'} is {bits}; this version reads {BIT_WIDTHS}")
+            scheme, owner = config.scheme(name), name or "the checkpoint"
+            if config.format == "ssqr" and scheme.bits not in BIT_WIDTHS:
+                raise FormatError(f"bits of {owner} is {scheme.bits}; this version reads {BIT_WIDTHS}")
+            if scheme.group_size not in GROUP_SIZES:
+                raise FormatError(f"group_size of {owner} is {scheme.group_size}; this version reads {GROUP_SIZES}")
         return config
