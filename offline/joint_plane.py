@@ -12,10 +12,7 @@ R and G standing for the triangular factors. G is kept in blocks of consecutive 
 """
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,53 +87,14 @@ def _solve_block(
     weight: Tensor, steps: Tensor, inverse: Tensor, upper: Tensor, row_upper_t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Integers, residual and targets of one block of rows, [n, rows]; see `nearest_plane` for the recursion."""
+    from vllm_babai.offline.joint_loops import decide  # numba takes a second to import
+
     carried = weight.clone()
     integers, residual, targets = (torch.empty_like(weight) for _ in range(3))
     arrays = [t.numpy() for t in (carried, weight, steps, inverse, upper, row_upper_t, integers, residual, targets)]
-    leaf = _compiled_leaf()
 
     def carry(low: int, middle: int, high: int) -> None:
         carried[low:middle].addmm_(upper[low:middle, middle:high], residual[middle:high])
 
-    from_right_to_left(0, len(weight), lambda low, high: leaf(low, high, *arrays), carry)
+    from_right_to_left(0, len(weight), lambda low, high: decide(low, high, *arrays), carry)
     return integers, residual, targets
-
-
-@cache
-def _compiled_leaf() -> Any:
-    """Compile on first use; numba takes a second to import."""
-    from numba import njit
-
-    return njit(nogil=True)(_leaf)
-
-
-def _leaf(
-    low: int,
-    high: int,
-    carried: np.ndarray,
-    weight: np.ndarray,
-    steps: np.ndarray,
-    inverse: np.ndarray,
-    upper: np.ndarray,
-    row_upper_t: np.ndarray,
-    integers: np.ndarray,
-    residual: np.ndarray,
-    targets: np.ndarray,
-) -> None:
-    """Decide columns high − 1 … low, the rows of each from the last to the first."""
-    rows = weight.shape[1]
-    for j in range(high - 1, low - 1, -1):
-        column, target = carried[j], targets[j]
-        for k in range(j + 1, high):
-            share = upper[j, k]
-            for i in range(rows):
-                column[i] += share * residual[k, i]
-        target[:] = column
-        for i in range(rows - 1, -1, -1):
-            integer = np.rint(target[i] * inverse[j, i])
-            value = integer * steps[j, i]
-            integers[j, i] = integer
-            residual[j, i] = weight[j, i] - value
-            error = column[i] - value
-            for k in range(i):
-                target[k] += row_upper_t[i, k] * error
