@@ -87,20 +87,24 @@ class Server:
     def wait_for_processes(self) -> list[str]:
         """Names of what the server started and left running, after a grace period."""
         for _ in range(STOP_SECONDS):
-            running = [process.name() for process in self._processes()]
+            running = [process.info["name"] for process in self._processes()]
             if not running:
                 return []
             time.sleep(1)
         return running
 
     def kill(self) -> None:
-        if self._processes():
+        """End what is left. The group's number is certainly its own only until its leader is waited for."""
+        if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+            self.process.wait()
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _processes(self) -> list[psutil.Process]:
         group = []
-        for process in psutil.process_iter(["status"]):
+        for process in psutil.process_iter(["name", "status"]):
             with suppress(ProcessLookupError):
                 if os.getpgid(process.pid) == self.process.pid and process.info["status"] != psutil.STATUS_ZOMBIE:
                     group.append(process)
