@@ -1,4 +1,4 @@
-"""Checkpoint formats: encode and decode lattice points. Needs neither vllm nor triton, numba only to use HPTQ."""
+"""Checkpoint formats: encode and decode lattice points. Needs neither vllm nor triton, numba only to code."""
 
 from vllm_babai.format.config import CheckpointConfig, LayerScheme
 from vllm_babai.format.errors import FormatError
