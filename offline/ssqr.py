@@ -39,7 +39,7 @@ def search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, ov
     stretch = 1.0
     while not rates or (abs(rates[-1] - overflow) > RATE_TOLERANCE * overflow and len(rates) < MAX_PASSES):
         if len(rates) > 1 and 0 < min(rates[-2:]) < overflow < max(rates[-2:]):
-            stretch = _between(stretch, *rates[-2:], overflow)
+            stretch = _between(stretch, rates[-2], rates[-1], overflow)
         else:
             stretch = _stretch(weight, targets, _steps(scales, cells), bits, overflow)
         scales = (scales * stretch).to(torch.bfloat16)
