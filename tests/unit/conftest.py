@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 BUNDLED = DEMO / "stdlib-6m"
@@ -59,6 +59,25 @@ def save_random_model() -> Callable[..., Path]:
         for file in TOKENIZER_FILES:
             shutil.copyfile(BUNDLED / file, folder / file)
         return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def save_random_llama(save_random_model: Callable[..., Path]) -> Callable[..., Path]:
+    """Function that saves a tiny Llama to a folder; sizes are those of LlamaConfig that matter to the test."""
+    tiny = {
+        "vocab_size": 4096,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+
+    def save(folder: Path, **sizes: int) -> Path:
+        return save_random_model(LlamaConfig(**tiny | sizes), folder)
 
     return save
 

@@ -6,22 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from vllm_babai.offline.capture import BATCH_TOKENS, advance, batches, hessians, shared_inputs
 from vllm_babai.offline.checkpoint import open_checkpoint
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.streamed_model import StreamedModel, open_streamed
-
-CONFIG = LlamaConfig(
-    vocab_size=4096,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-)
 
 
 class Block(nn.Module):
@@ -48,8 +38,8 @@ def linears(block: Block) -> dict[str, nn.Linear]:
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, save_random_model: Any) -> Path:
-    return save_random_model(CONFIG, tmp_path_factory.mktemp("model") / "llama")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, save_random_llama: Any) -> Path:
+    return save_random_llama(tmp_path_factory.mktemp("model") / "llama")
 
 
 @pytest.fixture
@@ -122,8 +112,8 @@ def test_streamed_blocks_compute_what_the_whole_model_does(streamed: StreamedMod
     ("tensor", "layer"),
     [("model.layers.1.mlp.up_proj.weight", 1), ("model.layers.0.input_layernorm.weight", 0)],
 )
-def test_weights_that_are_not_finite_are_named(tensor: str, layer: int, tmp_path: Path, save_random_model: Any) -> None:
-    folder = save_random_model(CONFIG, tmp_path / "damaged")
+def test_weights_that_are_not_finite_are_named(tensor: str, layer: int, tmp_path: Path, save_random_llama: Any) -> None:
+    folder = save_random_llama(tmp_path / "damaged")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.get_parameter(tensor).data.view(-1)[5] = torch.nan
     model.save_pretrained(folder)

@@ -7,16 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
 
-CONFIG = LlamaConfig(
-    vocab_size=4096,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    max_position_embeddings=64,
-)
 BABAI = Path(sys.executable).with_name("babai")
 
 
@@ -25,8 +16,8 @@ def babai(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def model(save_random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_model(CONFIG, tmp_path_factory.mktemp("cli") / "model")
+def model(save_random_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_llama(tmp_path_factory.mktemp("cli") / "model", num_hidden_layers=1)
 
 
 def test_quantize_inspect_eval(model: Path, short_text: Path, tmp_path: Path) -> None:

@@ -6,34 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
 from vllm_babai.offline.checkpoint import open_checkpoint
 from vllm_babai.offline.convert import convert, smallest_width
 from vllm_babai.offline.dense import dense_tensors
 
-CONFIG = LlamaConfig(
-    vocab_size=4096,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=64,
-)
-
 
 @pytest.fixture(scope="module", params=["ssqr", "hptq"])
 def quantized(
     request: pytest.FixtureRequest,
-    save_random_model: Callable[..., Path],
+    save_random_llama: Callable[..., Path],
     short_text: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     folder = tmp_path_factory.mktemp("convert")
     text = {"calibration": str(short_text), "samples": 4, "sequence_length": 64}
     options = QuantizeOptions(format=request.param, bits=3, rate=2.5, **text)
-    return quantize(save_random_model(CONFIG, folder / "model"), folder / request.param, options)
+    return quantize(save_random_llama(folder / "model"), folder / request.param, options)
 
 
 def test_there_and_back_is_byte_identical(quantized: Path, tmp_path: Path) -> None:

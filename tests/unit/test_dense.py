@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_babai.format import SSQR
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
@@ -21,11 +21,8 @@ LINEAR = "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, save_random_model: Any) -> Path:
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
-    )
-    return save_random_model(config, tmp_path_factory.mktemp("model") / "source")
+def source(tmp_path_factory: pytest.TempPathFactory, save_random_llama: Any) -> Path:
+    return save_random_llama(tmp_path_factory.mktemp("model") / "source")
 
 
 @pytest.fixture(scope="module")

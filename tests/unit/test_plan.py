@@ -6,25 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
 
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
 from vllm_babai.offline.inspection import inspect
 from vllm_babai.offline.predict import predict
 
-CONFIG = LlamaConfig(
-    vocab_size=4096,
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=64,
-)
-
 
 @pytest.fixture(scope="module")
-def folder(save_random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_model(CONFIG, tmp_path_factory.mktemp("model"))
+def folder(save_random_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_llama(tmp_path_factory.mktemp("model"), hidden_size=128, intermediate_size=256)
 
 
 @pytest.fixture(scope="module")

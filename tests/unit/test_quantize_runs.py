@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
 
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
 from vllm_babai.offline.evaluate import evaluate
@@ -29,16 +28,8 @@ quantize(sys.argv[1], sys.argv[2], options)
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, save_random_model: Any) -> Path:
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    return save_random_model(config, tmp_path_factory.mktemp("model") / "source")
+def source(tmp_path_factory: pytest.TempPathFactory, save_random_llama: Any) -> Path:
+    return save_random_llama(tmp_path_factory.mktemp("model") / "source", num_hidden_layers=BLOCKS)
 
 
 @pytest.fixture

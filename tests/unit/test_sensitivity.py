@@ -5,25 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from vllm_babai.offline.checkpoint import open_checkpoint
 from vllm_babai.offline.sensitivity import ROW_BLOCK, measure_sensitivity
 from vllm_babai.offline.streamed_model import open_streamed
 
-CONFIG = LlamaConfig(
-    vocab_size=4096,
-    hidden_size=32,
-    intermediate_size=300,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    max_position_embeddings=64,
-)
-
 
 @pytest.fixture(scope="module")
-def folder(save_random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_model(CONFIG, tmp_path_factory.mktemp("model"))
+def folder(save_random_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_llama(
+        tmp_path_factory.mktemp("model"), hidden_size=32, intermediate_size=300, num_hidden_layers=3
+    )
 
 
 def test_gradients_are_those_of_the_whole_model(folder: Path, tmp_path: Path) -> None:
