@@ -22,7 +22,7 @@ from vllm_babai.offline.streamed_model import StreamedModel
 
 LOWEST_RATE = 0.5
 MOST_OVERFLOW = 0.05
-ENTRY_BITS = 12.3  # of an overflow entry, tile index included
+EXCESS_BITS = {2: 0.8, 3: 2.2, 4: 3.3, 8: 7.3}  # of an overflow entry, besides its position, where 4% overflow
 SCALE_BITS = 16
 
 
@@ -124,7 +124,8 @@ def plan_widths(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:
 
 def _best_overflow(linear: Forecast, bits: int, price: float) -> PlannedLinear:
     overflow = torch.tensor(linear.overflow[bits]).clamp(MOST_OVERFLOW / 100, 1.0)
-    rates = bits + SCALE_BITS / linear.columns + ENTRY_BITS * overflow
+    positions = (torch.special.entr(overflow) + torch.special.entr(1 - overflow)) / math.log(2)
+    rates = bits + SCALE_BITS / linear.columns + positions + EXCESS_BITS[bits] * overflow
     losses = linear.row_losses()
     cost = losses + price * linear.weights * rates
     cost[overflow > MOST_OVERFLOW] = torch.inf
