@@ -12,6 +12,7 @@ in fields of four, which then hold most of the overflow as well.
 from collections.abc import Callable
 
 import numba
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,6 @@ from vllm_babai.layout import DeviceLayout
 
 FIELD_WIDTH = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of the checkpoint → bits of a field
 COLUMN_BITS = 16
-TOKENS_AT_ONCE = 64  # their activations should stay in the cache
 EXPAND_TOKENS = {2: 24, 4: 24, 8: 12}  # by width: from here on, expanding a tile pays; decoding it is for few tokens
 EXPAND_TOKENS_AT_ONCE = 256
 EXPAND_PAIRS = 1024  # pairs of columns expanded at a time: 256 KB
@@ -122,7 +122,7 @@ def _group_scales(scales: Tensor, in_features: int) -> Tensor:
 
 def _group_shift(scales: Tensor, in_features: int) -> int:
     """Column >> shift is its group."""
-    groups = len(scales)
+    groups = scales.shape[0]
     return COLUMN_BITS if groups == 1 else (in_features // groups).bit_length() - 1
 
 
@@ -141,39 +141,41 @@ def _arithmetic(dtype: torch.dtype) -> Arithmetic:
 def _multiply_packed(
     x: Tensor, dense: Tensor, scales: Tensor, entries: Tensor, offsets: Tensor, width: int, out_features: int
 ) -> Tensor:
+    if x.dtype == torch.float16:
+        return _multiply_packed(x.float(), dense, scales, entries, offsets, width, out_features).half()
     arithmetic = _arithmetic(x.dtype)
     tokens, in_features = x.shape
     padded = _padded(x, dense, width)
     activations = padded.float() if isinstance(arithmetic, Float32) else padded
-    lanes = 1 if tokens == 1 else LANES
-    y = torch.zeros(tokens, scales.shape[1], dtype=torch.float32)
-    for start in range(0, tokens, TOKENS_AT_ONCE):
-        some = slice(start, start + TOKENS_AT_ONCE)
-        run_tiles(
-            dense_kernels(arithmetic, width),
-            overflow_kernel(lanes),
-            activations[some].data_ptr(),
-            activations.stride(0) * activations.element_size(),
-            dense.numpy(),
-            scales.numpy(),
-            _tokens_in_lanes(x[some], lanes).numpy(),
-            entries.numpy(),
-            offsets.numpy(),
-            _group_shift(scales, in_features),
-            y[some].numpy(),
-        )
-    return y[:, :out_features].to(x.dtype)
+    y = torch.empty(tokens, out_features, dtype=x.dtype)
+    run_tiles(
+        dense_kernels(arithmetic, width),
+        overflow_kernel(1 if tokens == 1 else LANES),
+        activations.data_ptr(),
+        activations.stride(0) * activations.element_size(),
+        dense.numpy(),
+        scales.numpy(),
+        _tokens_in_lanes(x),
+        entries.numpy(),
+        offsets.numpy(),
+        _group_shift(scales, in_features),
+        (y.view(torch.uint16) if y.dtype == torch.bfloat16 else y).numpy(),
+    )
+    return y
 
 
 def _padded(x: Tensor, dense: Tensor, width: int) -> Tensor:
     """x [tokens, in] with zeros up to the last word."""
-    return torch.nn.functional.pad(x, (0, dense.shape[1] * weights_per_word(width) - x.shape[1])).contiguous()
+    missing = dense.shape[1] * weights_per_word(width) - x.shape[1]
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous()
 
 
-def _tokens_in_lanes(x: Tensor, lanes: int) -> Tensor:
+def _tokens_in_lanes(x: Tensor) -> np.ndarray:
     """x [tokens, in] → float32 [⌈tokens / lanes⌉, in, lanes]."""
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % lanes))
-    return padded.unflatten(0, (-1, lanes)).transpose(1, 2).float().contiguous()
+    if len(x) == 1:
+        return x.float().numpy()[..., None]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % LANES))
+    return padded.unflatten(0, (-1, LANES)).transpose(1, 2).float().contiguous().numpy()
 
 
 def _multiply_expanded(

@@ -4,11 +4,12 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from vllm_babai.cpu_kernel import TILE_ROWS, TOKEN_BLOCKS
 
 WORD_BYTES = 4 * TILE_ROWS  # of a tile, one word of each row
+TOKENS_AT_ONCE = 64  # their activations should stay in the cache; a multiple of the lanes of the overflow kernel
 
 
 @intrinsic
@@ -29,32 +30,67 @@ def _call(typing_context, address, arguments):
 def run_tiles(
     dense_kernels, overflow_kernel, x, x_stride, dense, scales, x_by_column, entries, offsets, group_shift, y
 ):
+    """y[token, row] = x Wᵀ for few tokens.
+
+    x: address of the activations. y: float32, or bfloat16 as uint16, [tokens, rows].
+    """
     tiles, words, _ = dense.shape
+    _, columns, lanes = x_by_column.shape
     groups, row_stride = scales.shape[0], 4 * scales.shape[1]
-    tokens = y.shape[0]
-    blocks, columns, lanes = x_by_column.shape
-    for tile in prange(tiles):
-        first_row = tile * TILE_ROWS
-        words_at = dense.ctypes.data + tile * words * WORD_BYTES
-        scales_at = scales.ctypes.data + first_row * 4
-        y_at = y.ctypes.data + first_row * 4
-        token = 0
-        for i in range(len(TOKEN_BLOCKS)):
-            while tokens - token >= TOKEN_BLOCKS[i]:
-                arguments = (words_at, scales_at, y_at + token * row_stride, x_stride, row_stride, row_stride)
-                _call(dense_kernels[i], (x + token * x_stride, *arguments, groups, words // groups))
-                token += TOKEN_BLOCKS[i]
-        rows = min(TILE_ROWS, len(offsets) - 1 - first_row)
-        if offsets[first_row] < offsets[first_row + rows]:
-            sums = np.empty((TILE_ROWS, lanes), np.float32)
-            offsets_at = offsets.ctypes.data + first_row * 4
-            for block in range(blocks):
-                block_at = x_by_column.ctypes.data + block * columns * lanes * 4
-                scaling = (scales_at, row_stride, group_shift, sums.ctypes.data)
-                _call(overflow_kernel, (block_at, entries.ctypes.data, offsets_at, rows, *scaling))
-                for lane in range(min(lanes, tokens - block * lanes)):
-                    for row in range(rows):
-                        y[block * lanes + lane, first_row + row] += sums[row, lane]
+    all_tokens, out_features = y.shape
+    for start in range(0, all_tokens, TOKENS_AT_ONCE):
+        tokens = min(TOKENS_AT_ONCE, all_tokens - start)
+        for tile in prange(tiles):
+            first_row = tile * TILE_ROWS
+            rows = min(TILE_ROWS, out_features - first_row)
+            words_at = dense.ctypes.data + tile * words * WORD_BYTES
+            scales_at = scales.ctypes.data + first_row * 4
+            total = np.zeros((tokens, TILE_ROWS), np.float32)
+            token = 0
+            for i in range(len(TOKEN_BLOCKS)):
+                while tokens - token >= TOKEN_BLOCKS[i]:
+                    x_at = x + (start + token) * x_stride
+                    total_at = total.ctypes.data + token * WORD_BYTES
+                    strides = (x_stride, row_stride, WORD_BYTES)
+                    _call(dense_kernels[i], (x_at, words_at, scales_at, total_at, *strides, groups, words // groups))
+                    token += TOKEN_BLOCKS[i]
+            if offsets[first_row] < offsets[first_row + rows]:
+                sums = np.empty((TILE_ROWS, lanes), np.float32)
+                offsets_at = offsets.ctypes.data + first_row * 4
+                for token in range(0, tokens, lanes):
+                    block_at = x_by_column.ctypes.data + (start + token) * columns * 4
+                    scaling = (scales_at, row_stride, group_shift, sums.ctypes.data)
+                    _call(overflow_kernel, (block_at, entries.ctypes.data, offsets_at, rows, *scaling))
+                    for lane in range(min(lanes, tokens - token)):
+                        for row in range(rows):
+                            total[token + lane, row] += sums[row, lane]
+            _store(total[:, :rows], y[start : start + tokens, first_row : first_row + rows])
+
+
+def _store(total, y):
+    """y = total, rounded to the format of y."""
+
+
+@overload(_store)
+def _store_as(total, y):
+    def store_bfloat16(total, y):
+        for token in range(total.shape[0]):
+            for row in range(total.shape[1]):
+                y[token, row] = _bfloat16(total[token, row])
+
+    def store_float32(total, y):
+        y[:] = total
+
+    return store_bfloat16 if y.dtype == types.uint16 else store_float32
+
+
+@njit(nogil=True, cache=True)
+def _bfloat16(value):
+    """The bits of a float32, rounded to the nearest bfloat16."""
+    bits = np.float32(value).view(np.uint32)
+    if value != value:
+        return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -102,8 +138,7 @@ def _add_overflow(pairs, cursors, ends, entries, first_column, columns):
             shift = np.uint32(16 * (column & 1))
             pair = pairs[column >> 1, row]
             dense = np.uint32(((pair >> shift) & np.uint32(0xFFFF)) << np.uint32(16)).view(np.float32)
-            total = np.float32(dense + np.int16(entries[entry])).view(np.uint32)
-            rounded = np.uint32(total + np.uint32(0x7FFF) + ((total >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            rounded = np.uint32(_bfloat16(dense + np.int16(entries[entry])))
             kept = pair & ~np.uint32(np.uint32(0xFFFF) << shift)
             pairs[column >> 1, row] = np.uint32(kept | np.uint32(rounded << shift))
             entry += 1

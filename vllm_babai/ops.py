@@ -6,6 +6,7 @@ A backend is a module with three functions:
 - `warm_up(layout, bits, in_features, out_features, dtype)`, which leaves nothing to compile while serving.
 """
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -24,6 +25,7 @@ library.define(
 )
 
 
+@cache
 def backend(device_type: str) -> ModuleType:
     """The module that multiplies on this type of device. Raises NotImplementedError where there is none."""
     if device_type not in BACKENDS:
