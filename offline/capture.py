@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vllm_babai.offline.errors import QuantizationError
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 2048
 
 
 class _Reached(Exception):
