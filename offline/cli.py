@@ -3,12 +3,16 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from vllm_babai.offline.evaluate import Evaluation
+    from vllm_babai.offline.tasks import Score
 
 app = typer.Typer(help="Lattice quantization of large language models.", no_args_is_help=True, add_completion=False)
 
@@ -151,19 +155,40 @@ def predict(
 @app.command()
 def eval(
     model: Model,
-    data: Annotated[Path, typer.Option(help="Text: a .jsonl, .txt or .parquet file.")],
+    data: Annotated[Path | None, typer.Option(help="Text: a .jsonl, .txt or .parquet file.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     samples: Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0: all.")] = 0,
     against: Annotated[str | None, typer.Option(help="The original model, to compare with.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, separated by commas.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Where lm-eval finds tasks of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task; without it, all.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of a model, dense or quantized; with --against also how far it is from the original."""
+    """Perplexity of a model on a text, or its scores in tasks; with --against also how far it is from the original."""
+    from vllm_babai.offline.errors import QuantizationError
     from vllm_babai.offline.evaluate import evaluate
+    from vllm_babai.offline.tasks import run_tasks
 
-    result = evaluate(model, data, window=window, samples=samples, against=against)
+    if data is None and tasks is None:
+        raise QuantizationError("nothing to measure: give a text by --data, or --tasks")
+    text = None if data is None else evaluate(model, data, window=window, samples=samples, against=against)
+    scores = {}
+    if tasks is not None:
+        models = {"tasks": model} if against is None else {"tasks": model, "original_tasks": against}
+        scores = {
+            key: run_tasks(name, tasks.split(","), task_folder=task_folder, limit=limit) for key, name in models.items()
+        }
     if as_json:
-        typer.echo(json.dumps(asdict(result), indent=2))
+        found = {key: [asdict(score) for score in found] for key, found in scores.items()}
+        typer.echo(json.dumps((asdict(text) if text else {}) | found, indent=2))
         return
+    if text is not None:
+        _print_evaluation(text)
+    if scores:
+        _print_scores(*scores.values())
+
+
+def _print_evaluation(result: "Evaluation") -> None:
     table = Table("measure", "value", "standard error")
     table.add_row("perplexity", f"{result.perplexity:.4f}")
     table.add_row("negative log-likelihood, nats per token", f"{result.nll:.5f}", f"{result.nll_error:.5f}")
@@ -175,6 +200,15 @@ def eval(
     console = Console()
     console.print(table)
     console.print(f"{result.windows} windows of {result.window} tokens")
+
+
+def _print_scores(scores: "list[Score]", original: "list[Score] | None" = None) -> None:
+    table = Table("task", "metric", "value", "standard error", *(("original",) if original else ()))
+    for i, score in enumerate(scores):
+        error = "" if score.error is None else f"{score.error:.4f}"
+        others = (f"{original[i].value:.4f}",) if original else ()
+        table.add_row(score.task, score.metric, f"{score.value:.4f}", error, *others)
+    Console().print(table)
 
 
 @app.command()
