@@ -1,16 +1,19 @@
 """What a decoder block's linears see: groups that share an input, their Hessians, and the block's outputs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vllm_babai.offline.errors import QuantizationError
 
 BATCH_TOKENS = 2048
+ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_)  # what + and += come to
 
 
 class _Reached(Exception):
@@ -95,6 +98,67 @@ def hessians(
             raise QuantizationError(f"{name}: its input activations have NaN or Inf on the calibration text")
         total /= hidden.shape[:2].numel()
     return totals
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a linear sees of one batch: inputs [tokens, in], and the hidden states [tokens, out] that its output is
+    added to, or None where it is not; float32. window: the sequences of the batch.
+    """
+
+    window: slice
+    inputs: Tensor
+    stream: Tensor | None
+
+
+@torch.no_grad()
+def seen_by(block: nn.Module, linear: nn.Linear, hidden: Tensor, arguments: dict[str, Any]) -> Iterator[Seen]:
+    """Batch by batch, what `linear` sees; the block runs no further than needed.
+
+    An output counts as added to hidden states where the very tensor is an operand of a sum with another of its shape.
+    This holds for the output and down projections of pre-norm blocks, whatever they are called; it does not where a
+    norm comes between, as in Gemma 2.
+    """
+    device = linear.weight.device
+    probe = _Watch(is_added=True)
+    probe.run(block, linear, hidden[:1].to(device), arguments)
+    for window, batch in batches(hidden, device):
+        watch = _Watch(is_added=probe.stream is not None)
+        watch.run(block, linear, batch, arguments)
+        stream = None if watch.stream is None else watch.stream.flatten(0, -2).float()
+        yield Seen(window, watch.inputs.flatten(0, -2).float(), stream)
+
+
+class _Watch(TorchFunctionMode):
+    """Runs a block until a linear has been called or, with `is_added`, until its output is an operand of a sum."""
+
+    def __init__(self, is_added: bool) -> None:
+        super().__init__()
+        self.is_added = is_added
+        self.inputs = self.output = torch.empty(0)
+        self.stream: Tensor | None = None
+
+    def run(self, block: nn.Module, linear: nn.Linear, batch: Tensor, arguments: dict[str, Any]) -> None:
+        """Run the block; `inputs` and `stream` are then known."""
+        handle = linear.register_forward_hook(self._called)
+        try:
+            with self, suppress(_Reached):
+                run_block(block, batch, arguments)
+        finally:
+            handle.remove()
+
+    def _called(self, _: nn.Module, args: tuple, output: Tensor) -> None:
+        self.inputs, self.output = args[0], output
+        if not self.is_added:
+            raise _Reached
+
+    def __torch_function__(self, function: Callable, _: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function in ADDITIONS and len(args) == 2:
+            for operand, other in (args, args[::-1]):
+                if operand is self.output and isinstance(other, Tensor) and other.shape == operand.shape:
+                    self.stream = other
+                    raise _Reached
+        return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""One linear layer: weight and factored Hessian → lattice point, stored form and report."""
+"""One linear layer: target weight and factored Hessian → lattice point, stored form and report."""
 
 import time
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from vllm_babai.offline.ssqr import overflow_rate, search_overflow
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What is known about a quantized linear. Errors are as `Lattice` counts them, damping included.
+    """What is known about a quantized linear. Errors are as `Lattice` counts them, damping included; W is the target,
+    which with drift correction is not quite the original weight.
 
     predicted_error: ¹⁄₁₂ Σ s²D, and what shrinking adds. measured_error: of W − Ŵ. bound: ¼ Σ s²D, None with shrinking.
     relative_error: measured, over that of W. passes: runs of nearest plane that the search for scales took. bits,

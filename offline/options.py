@@ -21,10 +21,11 @@ class QuantizeOptions:
     for one scale per output row. target_bits: bits per weight of the whole model, everything counted, by which bits and
     overflow are chosen for every linear. These four are SSQR's; rate: HPTQ's bits per weight, everything counted.
     order: of nearest plane. calibration: file or hub dataset; samples × sequence_length tokens of it are used (0: 2048,
-    or what the model's positions allow). damping: λ over the Hessian's mean diagonal. sensitivity: weigh tokens, rows
-    and linears by how much the loss minds their errors, which takes one backward pass. ignore: regular expressions;
-    linears that one of them finds by full name stay as they are. device, dtype: of the model's forward pass; 'auto' is
-    CUDA where there is one, and bfloat16 there, float32 on the CPU.
+    or what the model's positions allow). damping: λ over the Hessian's mean diagonal. drift: share of the correction
+    for what the quantized linears before have done, which takes a second copy of the calibration inputs; 0: none.
+    sensitivity: weigh tokens, rows and linears by how much the loss minds their errors, which takes one backward pass.
+    ignore: regular expressions; linears that one of them finds by full name stay as they are. device, dtype: of the
+    model's forward pass; 'auto' is CUDA where there is one, and bfloat16 there, float32 on the CPU.
     """
 
     format: Literal["ssqr", "hptq"] = "ssqr"
@@ -38,6 +39,7 @@ class QuantizeOptions:
     samples: int = 128
     sequence_length: int = 0
     damping: float = 0.01
+    drift: float = 0.5
     sensitivity: bool = True
     ignore: list[str] = field(default_factory=list)
     device: str = "auto"
@@ -57,6 +59,7 @@ class QuantizeOptions:
         _check("--samples", self.samples > 0, "positive", self.samples)
         _check("--sequence-length", self.sequence_length >= 0, "positive", self.sequence_length)
         _check("--damping", 0 <= self.damping <= 1, "from 0 to 1", self.damping)
+        _check("--drift", 0 <= self.drift <= 1, "from 0 to 1", self.drift)
         for pattern in self.ignore:
             try:
                 re.compile(pattern)

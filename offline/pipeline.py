@@ -1,5 +1,6 @@
 """The run over a whole model: capture → factor → nearest plane → encode → checkpoint, block by block."""
 
+import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from vllm_babai.format import FORMATS, CheckpointConfig
 from vllm_babai.offline.budget import Budget
 from vllm_babai.offline.calibration import calibration_tokens, load_tokenizer
-from vllm_babai.offline.capture import advance, hessians, shared_inputs
+from vllm_babai.offline.capture import advance, hessians, seen_by, shared_inputs
 from vllm_babai.offline.checkpoint import open_checkpoint
+from vllm_babai.offline.drift import Drift, corrected, moments
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor, factorize
 from vllm_babai.offline.joint_plane import row_geometry
@@ -31,7 +33,8 @@ def quantize(
 
     model: folder or hub name. out: folder to make; it appears when it is complete. resume: go on with an interrupted
     run of the same options. overwrite: replace `out`, and an interrupted run, if there is one. Memory: one decoder
-    block and its calibration inputs. Raises QuantizationError for anything the user can mend.
+    block and its calibration inputs, both twice with drift correction. Raises QuantizationError for anything the user
+    can mend.
     """
     checkpoint = open_checkpoint(model)
     device = options.resolve_device()
@@ -47,7 +50,8 @@ def quantize(
     with _progress() as progress:
         sensitivity, plan = _prepare(output, tokens, hidden, arguments, progress)
         budget = Budget(options.rate, {linear.name: linear.rate for linear in plan.values()})
-        run = _Run(streamed, options, output, hidden, sensitivity, plan, budget, progress)
+        original = hidden.clone() if options.drift else None
+        run = _Run(streamed, options, output, hidden, original, sensitivity, plan, budget, progress)
         task = progress.add_task("", total=len(selected))
         for index, block_arguments in enumerate(arguments):
             progress.update(task, description=f"block {index + 1} of {len(arguments)}")
@@ -88,14 +92,27 @@ def _prepare(
     return sensitivity, {linear.name: linear for linear in plan}
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """A block, those of its linears that are quantized by full name, and the calibration inputs that go through it."""
+
+    block: nn.Module
+    linears: dict[str, nn.Linear]
+    hidden: Tensor
+    arguments: dict[str, Any]
+
+
 @dataclass
 class _Run:
-    """What goes from block to block. hidden: the calibration inputs of the next block."""
+    """What goes from block to block. hidden: the calibration inputs of the next block. original: what they are in the
+    original model; None without drift correction.
+    """
 
     model: StreamedModel
     options: QuantizeOptions
     output: PartialOutput
     hidden: Tensor
+    original: Tensor | None
     sensitivity: Sensitivity | None
     plan: dict[str, PlannedLinear]
     budget: Budget
@@ -103,34 +120,52 @@ class _Run:
 
     def block(self, index: int, arguments: dict[str, Any]) -> int:
         """Quantize a block, or restore what an interrupted run made of it; advance its inputs; count its linears."""
-        block, name = self.model.load_block(index), self.model.block_name(index)
+        block = self.model.load_block(index)
+        stream, original = self._stream(index, block, self.hidden, arguments), None
+        if self.original is not None:
+            original = self._stream(index, copy.deepcopy(block), self.original, arguments)
+        if self.output.has_block(index):
+            self._restore(index, stream.linears)
+        else:
+            self._quantize(index, stream, original)
+        if index + 1 < len(self.model.blocks):
+            for each in filter(None, (stream, original)):
+                advance(each.block, each.hidden, arguments, self.model.device)
+        return len(stream.linears)
+
+    def _stream(self, index: int, block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> _Stream:
+        name = self.model.block_name(index)
         linears = {f"{name}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
         linears = {n: m for n, m in linears.items() if not self.options.ignores(n)}
-        if self.output.has_block(index):
-            self._restore(index, linears)
-        else:
-            self._quantize(index, block, linears, arguments)
-        if index + 1 < len(self.model.blocks):
-            advance(block, self.hidden, arguments, self.model.device)
-        return len(linears)
+        return _Stream(block, linears, hidden, arguments)
 
-    def _quantize(self, index: int, block: nn.Module, linears: dict[str, nn.Linear], arguments: dict[str, Any]) -> None:
+    def _quantize(self, index: int, stream: _Stream, original: _Stream | None) -> None:
         """Quantize linears in the order in which they run, each group on the outputs of the groups before it."""
         tensors: dict[str, Tensor] = {}
         reports: list[LayerReport] = []
-        for group in shared_inputs(block, linears, self.hidden[:1].to(self.model.device), arguments):
-            lead = group[0]
-            weights = {lead: self.sensitivity.shared_weights(group)} if self.sensitivity else None
-            covariance = hessians(block, {lead: linears[lead]}, self.hidden, arguments, weights)[lead]
+        first = stream.hidden[:1].to(self.model.device)
+        for group in shared_inputs(stream.block, stream.linears, first, stream.arguments):
+            covariance, drift = self._capture(group, stream, original)
             factor = self._factorize(covariance, group)
             for name in group:
-                quantized = self._quantize_linear(name, factor)
-                _replace(linears[name], quantized.weight.dequantize())
+                quantized = self._quantize_linear(name, factor, drift)
+                _replace(stream.linears[name], quantized.weight.dequantize())
                 if self.options.format == "hptq":
                     self.budget.spend(quantized.report)
                 tensors |= {f"{name}.{key}": tensor for key, tensor in quantized.tensors.items()}
                 reports.append(quantized.report)
         self.output.write_block(index, tensors, reports)
+
+    def _capture(self, group: list[str], stream: _Stream, original: _Stream | None) -> tuple[Tensor, Drift | None]:
+        """Hessian of a group's inputs, and how far they are from the original model's."""
+        lead = group[0]
+        weights = self.sensitivity.shared_weights(group) if self.sensitivity else None
+        if original is not None:
+            seen, wanted = (seen_by(s.block, s.linears[lead], s.hidden, s.arguments) for s in (stream, original))
+            return moments(lead, seen, wanted, weights)
+        by_lead = None if weights is None else {lead: weights}
+        covariances = hessians(stream.block, {lead: stream.linears[lead]}, stream.hidden, stream.arguments, by_lead)
+        return covariances[lead], None
 
     def _factorize(self, covariance: Tensor, group: list[str]) -> Factor:
         options = self.options
@@ -142,11 +177,13 @@ class _Run:
             self.progress.console.print(f"{', '.join(group)}: damping raised to {factor.damping:g}")
         return factor
 
-    def _quantize_linear(self, name: str, factor: Factor) -> QuantizedLinear:
+    def _quantize_linear(self, name: str, factor: Factor, drift: Drift | None) -> QuantizedLinear:
         options = self.options
         rows = row_geometry(self.sensitivity.row_covariance(name)) if self.sensitivity else None
         lattice = Lattice(factor, rows)
         weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
+        if drift is not None:
+            weight = corrected(weight, factor, drift, options.drift)
         if options.format == "hptq":
             rate = self.budget.next_rate(name, weight.numel())
             return quantize_hptq(name, weight, lattice, options.order, rate, options.seed)

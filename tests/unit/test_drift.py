@@ -1,0 +1,194 @@
+"""Drift correction: the ridge regression on what the original model put out, and what a linear's output is added to."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from vllm_babai.offline import QuantizeOptions, pipeline, quantize
+from vllm_babai.offline.capture import Seen, hessians, seen_by
+from vllm_babai.offline.checkpoint import open_checkpoint
+from vllm_babai.offline.dense import load_dense
+from vllm_babai.offline.drift import corrected, moments
+from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.offline.factor import factorize
+from vllm_babai.offline.streamed_model import open_streamed
+
+SEQUENCES, LENGTH, INPUTS, OUTPUTS, DAMPING = 6, 20, 12, 7, 0.02
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def in_batches(inputs: Tensor, stream: Tensor | None) -> list[Seen]:
+    """Tensors [sequences, length, features] as batches of four sequences and of two."""
+    windows = [slice(0, 4), slice(4, 8)]
+    return [Seen(w, inputs[w].flatten(0, 1), None if stream is None else stream[w].flatten(0, 1)) for w in windows]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("has_stream", [False, True])
+def test_the_whole_correction_is_the_ridge_regression(
+    has_stream: bool, weighted: bool, generator: torch.Generator
+) -> None:
+    def random(features: int) -> Tensor:
+        return torch.randn(SEQUENCES, LENGTH, features, generator=generator)
+
+    weight = torch.randn(OUTPUTS, INPUTS, generator=generator)
+    x, h = random(INPUTS), random(OUTPUTS) if has_stream else None
+    x_hat, h_hat = x + 0.3 * random(INPUTS), None if h is None else h + 0.5 * random(OUTPUTS)
+    tokens = random(1)[..., 0].square() if weighted else None
+    tokens = None if tokens is None else tokens / tokens.mean()
+    hessian, drift = moments("q_proj", in_batches(x_hat, h_hat), in_batches(x, h), tokens)
+    factor = factorize(hessian, "activation", DAMPING)
+
+    # The same as least squares: a row √w (x̂, Wx + h − ĥ) for every token, and √λ (I, W) for the damping.
+    wanted = x @ weight.T + (0 if h is None or h_hat is None else h - h_hat)
+    root = torch.ones(SEQUENCES * LENGTH, 1) if tokens is None else tokens.reshape(-1, 1).sqrt()
+    damping = (DAMPING * hessian.diagonal().mean() * SEQUENCES * LENGTH).sqrt()
+    rows = torch.cat((root * x_hat.flatten(0, 1), damping * torch.eye(INPUTS)))
+    answers = torch.cat((root * wanted.flatten(0, 1), damping * weight.T))
+    expected = torch.linalg.lstsq(rows.double(), answers.double()).solution.T.float()
+    torch.testing.assert_close(corrected(weight, factor, drift, 1.0), expected, rtol=1e-4, atol=1e-5)
+    half = corrected(weight, factor, drift, 0.5)
+    torch.testing.assert_close(half, (weight + expected) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_without_drift_the_weight_stays_as_it_is(generator: torch.Generator) -> None:
+    weight = torch.randn(OUTPUTS, INPUTS, generator=generator)
+    inputs, stream = (torch.randn(SEQUENCES, LENGTH, n, generator=generator) for n in (INPUTS, OUTPUTS))
+    seen = in_batches(inputs, stream)
+    hessian, drift = moments("q_proj", seen, seen, None)
+    assert torch.equal(corrected(weight, factorize(hessian, "natural", DAMPING), drift, 0.5), weight)
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    inputs = torch.ones(SEQUENCES, LENGTH, INPUTS)
+    inputs[2, 3, 4] = torch.nan
+    for pair in ((inputs, torch.ones_like(inputs)), (torch.ones_like(inputs), inputs)):
+        with pytest.raises(
+            QuantizationError, match="q_proj: its input activations have NaN or Inf on the calibration text"
+        ):
+            moments("q_proj", *(in_batches(side, None) for side in pair), None)
+
+
+class Block(nn.Module):
+    """`down` is added to the hidden states, `out` only when it has been scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.out = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + 0.1 * self.out(hidden)
+        hidden += self.down(torch.relu(self.up(hidden)))
+        return hidden
+
+
+@pytest.mark.parametrize("name", ["up", "down", "out"])
+def test_what_a_linear_sees(name: str, generator: torch.Generator) -> None:
+    torch.manual_seed(0)
+    block = Block().requires_grad_(False)
+    hidden = torch.randn(50, 100, 8, generator=generator)  # more than one batch
+    after = hidden + 0.1 * block.out(hidden)
+    inputs = {"out": hidden, "up": after, "down": torch.relu(block.up(after))}[name]
+    before = hidden.clone()
+    batches = list(seen_by(block, block.get_submodule(name), hidden, {}))
+    assert len(batches) > 1
+    assert [i for seen in batches for i in range(50)[seen.window]] == list(range(50))
+    torch.testing.assert_close(torch.cat([seen.inputs for seen in batches]), inputs.flatten(0, 1))
+    streams = [seen.stream for seen in batches]
+    if name == "down":
+        torch.testing.assert_close(torch.cat(streams), after.flatten(0, 1))
+    else:
+        assert streams == [None] * len(batches)
+    torch.testing.assert_close(hidden, before, rtol=0, atol=0)
+    expected = hessians(block, {name: block.get_submodule(name)}, hidden, {})[name]
+    torch.testing.assert_close(moments("q_proj", batches, batches, None)[0], expected)
+
+
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 2,
+}
+PRE_NORM = {"o_proj", "down_proj"}
+FAMILIES = {
+    "llama": (LlamaConfig(**SIZES), PRE_NORM),
+    "mistral": (MistralConfig(**SIZES), PRE_NORM),
+    "qwen2": (Qwen2Config(**SIZES), PRE_NORM),
+    "qwen3": (Qwen3Config(**SIZES, head_dim=16), PRE_NORM),
+    "gemma": (GemmaConfig(**SIZES, head_dim=16), PRE_NORM),
+    "gemma2": (Gemma2Config(**SIZES, head_dim=16), set()),  # its norms come before the sum
+    "phi3": (Phi3Config(**SIZES), PRE_NORM),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linears_that_are_added_to_the_residual_stream(family: str, tmp_path: Path, save_random_model: Any) -> None:
+    config, expected = FAMILIES[family]
+    streamed = open_streamed(open_checkpoint(save_random_model(config, tmp_path)), torch.device("cpu"), torch.float32)
+    hidden, arguments = streamed.first_inputs(torch.arange(40).view(2, 20))
+    block = streamed.load_block(0)
+    found = {}
+    for name in streamed.linears(0):
+        linear = block.get_submodule(name.removeprefix("model.layers.0."))
+        (found[name.rpartition(".")[2]],) = (seen.stream for seen in seen_by(block, linear, hidden, arguments[0]))
+    assert {name for name, stream in found.items() if stream is not None} == expected
+    if expected:
+        torch.testing.assert_close(found["o_proj"], hidden.flatten(0, 1))
+        assert found["down_proj"].shape == found["o_proj"].shape
+        assert not torch.equal(found["down_proj"], found["o_proj"])
+
+
+def test_correction_brings_the_model_closer_to_the_original(
+    tmp_path: Path, short_text: Path, save_random_llama: Any
+) -> None:
+    source = save_random_llama(tmp_path / "source", num_hidden_layers=4)
+    tokens = torch.randint(0, 4096, (8, 40), generator=torch.Generator().manual_seed(0))
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    distances = []
+    for drift in (0.0, 0.5):
+        chosen = QuantizeOptions(
+            bits=2, calibration=str(short_text), samples=32, sequence_length=32, drift=drift, sensitivity=False
+        )
+        out = quantize(source, tmp_path / f"drift-{drift}", chosen)
+        with torch.no_grad():
+            logits = load_dense(out, torch.device("cpu"))(tokens).logits
+            distances.append(float((logits - original(tokens).logits).square().mean()))
+    assert distances[1] < 0.95 * distances[0]
+
+
+def test_without_a_share_nothing_is_captured_of_the_original_model(
+    tmp_path: Path, short_text: Path, save_random_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("called")
+
+    for name in ("seen_by", "moments", "corrected"):
+        monkeypatch.setattr(pipeline, name, refuse)
+    options = QuantizeOptions(calibration=str(short_text), samples=8, sequence_length=32)
+    source = save_random_llama(tmp_path / "source")
+    quantize(source, tmp_path / "out", replace(options, drift=0.0))
+    with pytest.raises(AssertionError, match="called"):
+        quantize(source, tmp_path / "corrected", options)
