@@ -100,12 +100,13 @@ def inspect(
         typer.echo(json.dumps(asdict(found), indent=2))
         return
     width = max(len(linear.name) for linear in found.linears)
-    table = Table(Column("linear", min_width=width), "out", "in", "bits", "entropy", "max", "overflow", "error")
+    table = Table(Column("linear", min_width=width), "out", "in", "bits", "entropy", "redundancy", "max", "overflow", "error")
     for linear in found.linears:
         overflow = "" if linear.overflow_rate is None else f"{linear.overflow_rate:.2%}"
         error = "" if linear.relative_error is None else f"{linear.relative_error:.5f}"
-        sizes = (str(linear.rows), str(linear.columns), f"{linear.bits_per_weight:.3f}", f"{linear.entropy:.3f}")
-        table.add_row(linear.name, *sizes, str(linear.largest), overflow, error)
+        rates = (linear.bits_per_weight, linear.entropy, linear.redundancy)
+        numbers = (str(linear.rows), str(linear.columns), *(f"{rate:.3f}" for rate in rates), str(linear.largest))
+        table.add_row(linear.name, *numbers, overflow, error)
     console = Console()
     console.print(table)
     weights, size = f"{found.quantized_weights:,} quantized weights", f"{found.checkpoint_bytes / 1e6:.1f} MB in all"

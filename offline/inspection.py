@@ -17,6 +17,7 @@ from vllm_babai.offline.output import REPORT
 @dataclass(frozen=True)
 class LinearSummary:
     """One linear as stored. bytes: of all its tensors. entropy: of its integers, zeroth order, bits per weight.
+    redundancy: bits_per_weight − entropy; below 0 where the code does better by knowing rows and columns apart.
     overflow_rate: share of integers beyond the dense range, None where there is none. relative_error: from the report,
     None where the folder has none.
     """
@@ -27,6 +28,7 @@ class LinearSummary:
     bytes: int
     bits_per_weight: float
     entropy: float
+    redundancy: float
     largest: int
     overflow_rate: float | None
     relative_error: float | None
@@ -74,6 +76,7 @@ def _summarize(
 ) -> LinearSummary:
     integers = weight.integers
     size = sum(part.nbytes for part in parts.values())
+    rate, entropy = 8 * size / integers.numel(), _entropy(integers)
     overflow = None
     if dense_range is not None:
         overflow = float(((integers < dense_range[0]) | (integers > dense_range[1])).float().mean())
@@ -82,8 +85,9 @@ def _summarize(
         rows=integers.shape[0],
         columns=integers.shape[1],
         bytes=size,
-        bits_per_weight=8 * size / integers.numel(),
-        entropy=_entropy(integers),
+        bits_per_weight=rate,
+        entropy=entropy,
+        redundancy=rate - entropy,
         largest=int(integers.abs().max()),
         overflow_rate=overflow,
         relative_error=error,

@@ -1,6 +1,6 @@
 """Tokens per second on the CPU: `python tests/benchmarks/cpu_serving.py [--bits N] [--json FILE]`.
 
-Makes a random Llama of 190M parameters, serves it in bfloat16 and quantized with 1% overflow by `vllm serve`, one after
+Makes a random Llama of 450M parameters, serves it in bfloat16 and quantized with 1% overflow by `vllm serve`, one after
 the other, and lets the `openai` client ask for completions at 1 and at 8 concurrent requests.
 """
 
@@ -29,10 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_babai.format import BIT_WIDTHS, SSQR, CheckpointConfig, LatticeWeight, integer_range
 
 CONFIG = LlamaConfig(
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_hidden_layers=14,
-    num_attention_heads=16,
+    hidden_size=1536,
+    intermediate_size=4608,
+    num_hidden_layers=16,
+    num_attention_heads=24,
     num_key_value_heads=8,
     vocab_size=8192,
     tie_word_embeddings=True,

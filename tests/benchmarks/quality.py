@@ -1,0 +1,205 @@
+"""What every ingredient of the quantizer is worth: `python tests/benchmarks/quality.py [--out FOLDER] [options]`.
+
+Quantizes a model at several sizes with each ingredient alone and with all of them, evaluates the results against the
+original, and writes `quality.json`, `quality.md` and `quality.png` to the folder. What is in `quality.json` already is
+not measured again, so an interrupted study goes on. Without other options: the demonstration's model and texts.
+"""
+
+import argparse
+import json
+import runpy
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import matplotlib
+
+from vllm_babai.offline import QuantizeOptions, quantize
+from vllm_babai.offline.evaluate import evaluate
+from vllm_babai.offline.output import REPORT
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+DEMO = Path(__file__).parents[2] / "deploy" / "demo"
+RESULTS = Path(__file__).parent / "results"
+RATES = (2.1, 2.6, 3.1, 3.6, 4.1)
+WIDTHS = (2, 3, 4)
+PLAIN: dict[str, Any] = {"sensitivity": False, "drift": 0.0, "column_steps": False}
+CODE_UNAWARE = {"vllm_babai.offline.hptq.RELATIVE_PRICE": 0.0}
+
+# Other tools on the same model, texts and windows: bits per weight, loss in nats. README: "Quality".
+PEERS = {
+    "GPTQ (llm-compressor)": [(3.125, 0.0676), (4.125, 0.0136)],
+    "GPTAQ (GPTQModel)": [(3.125, 0.0686), (4.125, 0.0130)],
+    "AutoRound, 200 iterations": [(3.125, 0.0358), (4.125, 0.0090)],
+    "WaterSIC": [(2.126, 0.0864), (3.125, 0.0215), (4.127, 0.0041)],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to quantize. options: fields of QuantizeOptions unlike the defaults. constants: of our modules."""
+
+    format: str
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, float] = field(default_factory=dict)
+    sizes: tuple[float, ...] = RATES
+
+
+CASES = [
+    Case("hptq", "plain", PLAIN, CODE_UNAWARE),
+    Case("hptq", "code-aware rounding", PLAIN),
+    Case("hptq", "sensitivity", PLAIN | {"sensitivity": True}, CODE_UNAWARE),
+    Case("hptq", "drift", PLAIN | {"drift": 0.5}, CODE_UNAWARE),
+    Case("hptq", "column steps", PLAIN | {"column_steps": True}, CODE_UNAWARE),
+    Case("hptq", "all"),
+    Case("ssqr", "plain, one width", PLAIN, sizes=WIDTHS),
+    Case("ssqr", "sensitivity, one width", PLAIN | {"sensitivity": True}, sizes=WIDTHS),
+    Case("ssqr", "drift, one width", PLAIN | {"drift": 0.5}, sizes=WIDTHS),
+    Case("ssqr", "all, one width", sizes=WIDTHS),
+    Case("ssqr", "all, planned widths"),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; loss, divergence and their standard errors in nats per token."""
+
+    format: str
+    name: str
+    asked: float
+    bits: float
+    perplexity: float
+    loss: float
+    loss_error: float
+    divergence: float
+    divergence_error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every case gets alike."""
+
+    model: Path
+    calibration: Path
+    evaluation: Path
+    samples: int
+    windows: int
+    length: int
+
+
+def measure(case: Case, size: float, material: Material) -> Row:
+    """Quantize and evaluate one case at one size."""
+    common = QuantizeOptions(
+        format=case.format,  # type: ignore[arg-type]
+        calibration=str(material.calibration),
+        samples=material.samples,
+        sequence_length=material.length,
+    )
+    known = {name: value for name, value in case.options.items() if hasattr(common, name)}
+    if case.format == "hptq":
+        asked: dict[str, Any] = {"rate": size}
+    else:
+        asked = {"bits": int(size)} if case.sizes == WIDTHS else {"target_bits": size}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        for name, value in case.constants.items():
+            stack.enter_context(patch(name, value))
+        started = time.perf_counter()
+        out = quantize(material.model, Path(folder) / "out", replace(common, **known, **asked))
+        seconds = time.perf_counter() - started
+        bits = json.loads((out / REPORT).read_text())["bits_per_weight"]
+        found = evaluate(
+            out, material.evaluation, window=material.length, samples=material.windows, against=material.model
+        )
+    c = found.comparison
+    assert c is not None
+    errors = (c.loss, c.loss_error, c.divergence, c.divergence_error)
+    return Row(case.format, case.name, size, bits, found.perplexity, *errors, round(seconds, 1))
+
+
+def write_table(rows: list[Row], path: Path) -> None:
+    lines = [
+        "| format | ingredients | bits | perplexity | loss, nats | KL, nats | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        loss = f"{row.loss:.4f} ± {row.loss_error:.4f}"
+        divergence = f"{row.divergence:.4f} ± {row.divergence_error:.4f}"
+        cells = (row.format.upper(), row.name, f"{row.bits:.3f}", f"{row.perplexity:.4f}", loss, divergence)
+        lines.append(f"| {' | '.join(cells)} | {row.seconds:.0f} |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def plot(rows: list[Row], path: Path, with_peers: bool) -> None:
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    for axes, form in zip(panels, ("hptq", "ssqr"), strict=True):
+        for name in dict.fromkeys(row.name for row in rows if row.format == form):
+            points = sorted((row.bits, row.loss) for row in rows if (row.format, row.name) == (form, name))
+            axes.plot(*zip(*points, strict=True), marker=".", label=name, linewidth=2 if name.startswith("all") else 1)
+        for name, points in PEERS.items() if with_peers else ():
+            axes.plot(*zip(*points, strict=True), marker="x", linestyle=":", label=name)
+        axes.set(title=form.upper(), xlabel="bits per weight, everything counted", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize="small")
+    panels[0].set_ylabel("loss against the original, nats per token")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def demonstration_texts(folder: Path) -> tuple[Path, Path]:
+    """The demonstration's calibration and evaluation texts as files."""
+    text = runpy.run_path(str(DEMO / "text.py"))
+    paths = folder / "calibration.jsonl", folder / "evaluation.jsonl"
+    for path, modules in zip(paths, ("CALIBRATION_MODULES", "EVALUATION_MODULES"), strict=True):
+        text["write_jsonl"](path, text[modules])
+    return paths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO / "stdlib-6m")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--evaluation", type=Path)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=80)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--only", default="", help="cases whose format and name contain this")
+    parser.add_argument("--no-peers", action="store_true", help="leave the other tools' points out of the plot")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = options.out / "quality.json"
+    rows = [Row(**row) for row in json.loads(results.read_text())] if results.exists() else []
+    done = {(row.format, row.name, row.asked) for row in rows}
+    with tempfile.TemporaryDirectory() as folder:
+        calibration, evaluation = demonstration_texts(Path(folder))
+        material = Material(
+            options.model,
+            options.calibration or calibration,
+            options.evaluation or evaluation,
+            options.samples,
+            options.windows,
+            options.length,
+        )
+        for case in CASES:
+            for size in case.sizes:
+                if (case.format, case.name, size) in done or options.only not in f"{case.format} {case.name}":
+                    continue
+                rows.append(measure(case, size, material))
+                print(rows[-1], flush=True)
+                results.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    order = {(case.format, case.name): index for index, case in enumerate(CASES)}
+    rows.sort(key=lambda row: (order.get((row.format, row.name), len(order)), row.asked))
+    write_table(rows, options.out / "quality.md")
+    plot(rows, options.out / "quality.png", with_peers=not options.no_peers)
+
+
+if __name__ == "__main__":
+    main()
