@@ -100,7 +100,8 @@ def inspect(
         typer.echo(json.dumps(asdict(found), indent=2))
         return
     width = max(len(linear.name) for linear in found.linears)
-    table = Table(Column("linear", min_width=width), "out", "in", "bits", "entropy", "redundancy", "max", "overflow", "error")
+    headings = ("out", "in", "bits", "entropy", "redundancy", "max", "overflow", "error")
+    table = Table(Column("linear", min_width=width), *headings)
     for linear in found.linears:
         overflow = "" if linear.overflow_rate is None else f"{linear.overflow_rate:.2%}"
         error = "" if linear.relative_error is None else f"{linear.relative_error:.5f}"
