@@ -13,6 +13,7 @@ from vllm_babai.offline.nearest_plane import carried_variance
 
 PAIRS = 1 << 14
 OCTAVES = torch.arange(-9.0, 3.01, 0.125)  # of the step, against the root mean square of the weights
+PRICES = 4.0 ** torch.arange(-1, 8)  # of an overflow entry, against a target's error of one step
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Forecast:
     pivot: mean of D_j D_i over the weights, so that a step s costs ½ s²/12 · weights · pivot nats per token.
     spread: root mean square of the weights. rates: HPTQ's bits per weight, with one step.
     row_pivot: like pivot, for rows whose steps are in proportion to their own root mean square.
-    overflow: dense bits → share of weights beyond them, with such rows.
+    overflow: with such rows, dense bits → share of weights beyond them, [OCTAVES, PRICES]. kept: dense bits → error
+    that keeping the others within the range adds, over that of rounding, [OCTAVES, PRICES].
     """
 
     name: str
@@ -32,7 +34,8 @@ class Forecast:
     spread: float
     rates: list[float]
     row_pivot: float
-    overflow: dict[int, list[float]]
+    overflow: dict[int, Tensor]
+    kept: dict[int, Tensor]
 
     @property
     def weights(self) -> int:
@@ -51,7 +54,7 @@ class Forecast:
         return self.weights * self.pivot * step**2 / 24
 
     def row_losses(self) -> Tensor:
-        """The same with a step per row, over 2^OCTAVES."""
+        """The same with a step per row and everything rounded to the nearest integer, over 2^OCTAVES."""
         return self.weights * self.row_pivot * (self.spread * 2.0**OCTAVES) ** 2 / 24
 
 
@@ -72,17 +75,33 @@ def forecast(name: str, weight: Tensor, lattice: Lattice, seed: int) -> Forecast
     own = rows[row] * columns[column] / mean
     rates = _interpolate_entropy((own / mean / 4.0**octaves + carried).sqrt()).mean(1)
 
-    steps = 2.0**octaves
-    sample = (weight[row, column] / rows[row].clamp_min(1e-30).sqrt()).abs()
-    overflow = {}
-    for bits in BIT_WIDTHS:
-        room = steps * 2 ** (bits - 1)
-        tail = torch.special.ndtr((sample - room) / (steps * carried.sqrt()).clamp_min(1e-12))
-        overflow[bits] = tail.mean(1).tolist()
     row_pivots = lattice.row_pivots(len(weight)).to(rows.device)
     pivot = float(factor.pivots.mean() * row_pivots.mean())
     row_pivot = float(factor.pivots.mean() * (row_pivots * rows).mean() / mean)
-    return Forecast(name, *_size(weight), pivot, float(mean.sqrt()), rates.tolist(), row_pivot, overflow)
+    targets = weight[row, column] / rows[row].clamp_min(1e-30).sqrt()
+    noise = torch.randn(PAIRS, generator=generator).to(targets) * carried.sqrt()
+    counts = (factor.pivots[position] / factor.pivots.mean() * row_pivots[row] * rows[row]).float()
+    tables = {b: _overflow_tables(targets / 2.0**octaves + noise, counts / counts.mean(), b) for b in BIT_WIDTHS}
+    overflow, kept = ({bits: pair[i] for bits, pair in tables.items()} for i in (0, 1))
+    return Forecast(name, *_size(weight), pivot, float(mean.sqrt()), rates.tolist(), row_pivot, overflow, kept)
+
+
+def _overflow_tables(inner: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Tables `overflow` and `kept` of a Forecast from a sample of targets over their step, [OCTAVES, sample].
+
+    importance: how much the sample's errors count, 1 in the mean. The range is taken as symmetric, as scales may have
+    either sign.
+    """
+    beyond = inner.abs_() - (2 ** (bits - 1) - 0.5)
+    further = beyond.round().clamp_min_(0)
+    saved = further * (2 * beyond - further) * importance
+    classes = len(PRICES) + 1
+    cell = torch.bucketize(saved, PRICES.to(saved)) + classes * torch.arange(len(saved), device=saved.device)[:, None]
+    counts, sums = (
+        torch.bincount(cell.flatten(), weights, classes * len(saved)).view(-1, classes).cumsum(1)[:, :-1].cpu().float()
+        for weights in (None, saved.flatten())
+    )
+    return 1 - counts / inner.shape[1], 12 * sums / inner.shape[1]
 
 
 def _size(weight: Tensor) -> tuple[int, int]:

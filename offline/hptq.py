@@ -9,7 +9,7 @@ from torch import Tensor
 from vllm_babai.format import predicted_bytes
 from vllm_babai.offline.factor import Factor
 from vllm_babai.offline.lattice import Lattice
-from vllm_babai.offline.nearest_plane import Solution, expected_targets
+from vllm_babai.offline.nearest_plane import Rounding, Solution, expected_targets
 
 MAX_PASSES = 4
 GUESSES = 3
@@ -60,7 +60,7 @@ def search_rate(weight: Tensor, lattice: Lattice, rate: float, seed: int) -> Sol
     while missed and passes < MAX_PASSES:
         step = search.step(weight)
         shrinkage = code_shrinkage(targets, step, factor)
-        plane = lattice.solve(weight, step, shrinkage)
+        plane = lattice.solve(weight, step, Rounding(shrinkage))
         reached = coded_rate(plane.integers)
         missed = abs(reached - rate) > RATE_TOLERANCE * rate
         search.move(reached)

@@ -15,6 +15,8 @@ def decide(
     inverse: np.ndarray,
     upper: np.ndarray,
     row_upper_t: np.ndarray,
+    edges: np.ndarray,
+    price: np.ndarray,
     integers: np.ndarray,
     residual: np.ndarray,
     targets: np.ndarray,
@@ -31,6 +33,11 @@ def decide(
         for i in range(rows - 1, -1, -1):
             integer = np.rint(target[i] * inverse[j, i])
             value = integer * steps[j, i]
+            edge = min(max(integer, edges[0]), edges[1])
+            if edge != integer:
+                near, far = target[i] - value, target[i] - edge * steps[j, i]
+                if far * far - near * near <= price[j, i]:
+                    integer, value = edge, edge * steps[j, i]
             integers[j, i] = integer
             residual[j, i] = weight[j, i] - value
             error = column[i] - value

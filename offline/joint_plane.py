@@ -20,7 +20,7 @@ from vllm_babai.format.lattice import MAX_INTEGER
 from vllm_babai.format.parallel import parallel_map
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor, factorize
-from vllm_babai.offline.nearest_plane import NearestPlane, from_right_to_left
+from vllm_babai.offline.nearest_plane import NEAREST, NearestPlane, Rounding, from_right_to_left
 
 ROW_DAMPING = 0.05
 
@@ -46,22 +46,28 @@ def row_geometry(covariance: Tensor) -> RowGeometry:
 
 
 def joint_plane(
-    weight: Tensor, factor: Factor, rows: RowGeometry, steps: Tensor, shrinkage: Tensor | float = 1.0
+    weight: Tensor, factor: Factor, rows: RowGeometry, steps: Tensor, rounding: Rounding = NEAREST
 ) -> NearestPlane:
     """Decide every integer, like `nearest_plane.nearest_plane` and with its shapes; blocks of rows run in parallel.
 
     Runs on the CPU, wherever the tensors are. Raises QuantizationError when an integer exceeds 2¹⁵ − 1.
     """
     full_steps = steps.expand_as(weight).cpu()
-    inverse = (shrinkage / steps).expand_as(weight).cpu()
+    inverse = (rounding.shrinkage / steps).expand_as(weight).cpu()
+    price = torch.zeros_like(steps) if rounding.price is None else rounding.price
+    full_price = price.expand_as(weight).cpu()
     host, upper = weight.cpu(), factor.unit_upper.cpu()
     found = NearestPlane(*(torch.empty_like(host) for _ in range(3)))
 
     def solve(block: tuple[int, Factor]) -> None:
         first, row_factor = block
         rows_in_order = first + row_factor.order
-        own, own_steps, own_inverse = (t[:, rows_in_order].contiguous() for t in (host, full_steps, inverse))
-        solved = _solve_block(own, own_steps, own_inverse, upper, row_factor.unit_upper.T.contiguous())
+        own, own_steps, own_inverse, own_price = (
+            t[:, rows_in_order].contiguous() for t in (host, full_steps, inverse, full_price)
+        )
+        solved = _solve_block(
+            own, own_steps, own_inverse, upper, row_factor.unit_upper.T.contiguous(), own_price, rounding
+        )
         for whole, columns in zip((found.integers, found.residual, found.targets), solved, strict=True):
             whole[:, rows_in_order] = columns
 
@@ -84,14 +90,22 @@ def joint_error(residual: Tensor, factor: Factor, rows: RowGeometry) -> float:
 
 
 def _solve_block(
-    weight: Tensor, steps: Tensor, inverse: Tensor, upper: Tensor, row_upper_t: Tensor
+    weight: Tensor,
+    steps: Tensor,
+    inverse: Tensor,
+    upper: Tensor,
+    row_upper_t: Tensor,
+    price: Tensor,
+    rounding: Rounding,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Integers, residual and targets of one block of rows, [n, rows]; see `nearest_plane` for the recursion."""
     from vllm_babai.offline.joint_loops import decide  # numba takes a second to import
 
     carried = weight.clone()
     integers, residual, targets = (torch.empty_like(weight) for _ in range(3))
-    arrays = [t.numpy() for t in (carried, weight, steps, inverse, upper, row_upper_t, integers, residual, targets)]
+    edges = torch.tensor([rounding.low, rounding.high], dtype=weight.dtype)
+    tensors = (carried, weight, steps, inverse, upper, row_upper_t, edges, price, integers, residual, targets)
+    arrays = [t.numpy() for t in tensors]
 
     def carry(low: int, middle: int, high: int) -> None:
         carried[low:middle].addmm_(upper[low:middle, middle:high], residual[middle:high])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vllm_babai.offline.factor import Factor
 from vllm_babai.offline.joint_plane import RowGeometry, joint_error, joint_plane
-from vllm_babai.offline.nearest_plane import NearestPlane, mean_error, nearest_plane, squared_error
+from vllm_babai.offline.nearest_plane import NEAREST, NearestPlane, Rounding, mean_error, nearest_plane, squared_error
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Lattice:
         """How much the error of every row counts, float64 [out]."""
         return torch.ones(out_features, dtype=torch.float64) if self.rows is None else self.rows.pivots
 
-    def solve(self, weight: Tensor, steps: Tensor, shrinkage: Tensor | float = 1.0) -> NearestPlane:
-        """Nearest plane; weight: [n, out] in the columns' order, steps and shrinkage broadcastable to it."""
+    def solve(self, weight: Tensor, steps: Tensor, rounding: Rounding = NEAREST) -> NearestPlane:
+        """Nearest plane; weight: [n, out] in the columns' order, steps broadcastable to it."""
         if self.rows is None:
-            return nearest_plane(weight, self.columns.unit_upper, steps, shrinkage)
-        return joint_plane(weight, self.columns, self.rows, steps, shrinkage)
+            return nearest_plane(weight, self.columns.unit_upper, steps, rounding)
+        return joint_plane(weight, self.columns, self.rows, steps, rounding)
 
     def error(self, residual: Tensor) -> float:
         """Squared error of a residual [n, out], damping included."""

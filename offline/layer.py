@@ -20,9 +20,9 @@ class LayerReport:
     """What is known about a quantized linear. Errors are as `Lattice` counts them, damping included; W is the target,
     which with drift correction is not quite the original weight.
 
-    predicted_error: ¹⁄₁₂ Σ s²D, and what shrinking adds. measured_error: of W − Ŵ. bound: ¼ Σ s²D, None with shrinking.
-    relative_error: measured, over that of W. passes: runs of nearest plane that the search for scales took. bits,
-    group_size, overflow_rate: None in HPTQ.
+    predicted_error: ¹⁄₁₂ Σ s²D, and what rounding otherwise than to the nearest integer adds. measured_error: of W − Ŵ.
+    bound: ¼ Σ s²D, None with such rounding. relative_error: measured, over that of W. passes: runs of nearest plane
+    that the search for scales took. bits, group_size, overflow_rate: None in HPTQ.
     """
 
     name: str
@@ -107,7 +107,7 @@ def _report(
     rate: float | None = None,
 ) -> LayerReport:
     rounding, measured = lattice.mean_error(solution.steps, weight.shape[1]), lattice.error(solution.plane.residual)
-    predicted = rounding + solution.shrinkage_error
+    predicted = rounding + solution.added_error
     return LayerReport(
         name=name,
         rows=weight.shape[1],
@@ -120,7 +120,7 @@ def _report(
         damping=lattice.columns.damping,
         predicted_error=predicted,
         measured_error=measured,
-        bound=3 * rounding if solution.shrinkage_error == 0 else None,
+        bound=3 * rounding if solution.added_error == 0 else None,
         relative_error=measured / max(lattice.error(weight), 1e-300),
         passes=solution.passes,
         seconds=time.perf_counter() - started,

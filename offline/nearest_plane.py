@@ -23,6 +23,23 @@ PROBES = 64
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How a target t becomes an integer z; the default is Babai's, the nearest to t / s.
+
+    shrinkage: factor of the target before it is rounded. low, high: integers beyond these cost `price`, in units of the
+    target's squared error (t − s z)²; z stays at the edge where that is cheaper. Both broadcastable to [n, out].
+    """
+
+    shrinkage: Tensor | float = 1.0
+    low: int = -MAX_INTEGER
+    high: int = MAX_INTEGER
+    price: Tensor | None = None
+
+
+NEAREST = Rounding()
+
+
+@dataclass(frozen=True)
 class NearestPlane:
     """What nearest plane found, in the factor's order and transposed: one column per output row of the layer.
 
@@ -37,22 +54,21 @@ class NearestPlane:
 @dataclass(frozen=True)
 class Solution:
     """A solved layer. scales: bfloat16 [1 or out, groups], as stored. steps: the same, float32, broadcastable to
-    [n, out] in the factor's order. passes: runs of nearest plane that it took to find the scales. shrinkage_error: what
-    shrinking the targets is expected to add to the error of rounding them.
+    [n, out] in the factor's order. passes: runs of nearest plane that the search took. added_error: what rounding
+    otherwise than to the nearest integer is expected to add to the error.
     """
 
     scales: Tensor
     steps: Tensor
     plane: NearestPlane
     passes: int
-    shrinkage_error: float = 0.0
+    added_error: float = 0.0
 
 
-def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor, shrinkage: Tensor | float = 1.0) -> NearestPlane:
+def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor, rounding: Rounding = NEAREST) -> NearestPlane:
     """Decide every integer; nothing is clipped.
 
     weight: [n, out], rows in the factor's order. unit_upper: [n, n] as in `Factor`. steps: broadcastable to [n, out].
-    shrinkage: factor, broadcastable to [n, out], of the targets before they are rounded; 1 is Babai's algorithm.
     The halves are solved from right to left: solve the right half, carry its residual into the targets of the left half
     with one matrix product, solve the left half. Raises QuantizationError when an integer exceeds 2¹⁵ − 1.
     """
@@ -60,12 +76,15 @@ def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor, shrinkage: 
     residual = torch.empty_like(weight)
     integers = torch.empty_like(weight)
     steps = steps.expand_as(weight)
-    inverse = (shrinkage / steps).expand_as(weight)
+    inverse = (rounding.shrinkage / steps).expand_as(weight)
+    price = None if rounding.price is None else rounding.price.expand_as(weight)
 
     def decide(low: int, high: int) -> None:
         for j in range(high - 1, low - 1, -1):
             targets[j].addmv_(residual[j + 1 : high].T, unit_upper[j, j + 1 : high])
             torch.mul(targets[j], inverse[j], out=integers[j]).round_()
+            if price is not None:
+                _keep_to_range(integers[j], targets[j], steps[j], price[j], rounding)
             torch.addcmul(weight[j], integers[j], steps[j], value=-1, out=residual[j])
 
     def carry(low: int, middle: int, high: int) -> None:
@@ -78,6 +97,14 @@ def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor, shrinkage: 
             f"an integer reached {float(largest):.0f}, more than {MAX_INTEGER}: the step is too small"
         )
     return NearestPlane(integers, residual, targets)
+
+
+def _keep_to_range(integers: Tensor, targets: Tensor, steps: Tensor, price: Tensor, rounding: Rounding) -> None:
+    """Put integers back to the edge of the range, in place, unless that adds more than their price to the error."""
+    edge = integers.clamp(rounding.low, rounding.high)
+    beyond = integers - edge
+    saved = beyond * steps * (2 * targets - (integers + edge) * steps)  # (t − s edge)² − (t − s z)²
+    integers.sub_(beyond.masked_fill_(saved > price, 0.0))
 
 
 def from_right_to_left(

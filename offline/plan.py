@@ -123,16 +123,15 @@ def plan_widths(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:
 
 
 def _best_overflow(linear: Forecast, bits: int, price: float) -> PlannedLinear:
-    overflow = torch.tensor(linear.overflow[bits]).clamp(MOST_OVERFLOW / 100, 1.0)
+    overflow = linear.overflow[bits].clamp(MOST_OVERFLOW / 100, 1.0)
     positions = (torch.special.entr(overflow) + torch.special.entr(1 - overflow)) / math.log(2)
     rates = bits + SCALE_BITS / linear.columns + positions + EXCESS_BITS[bits] * overflow
-    losses = linear.row_losses()
+    losses = linear.row_losses()[:, None] * (1 + linear.kept[bits])
     cost = losses + price * linear.weights * rates
     cost[overflow > MOST_OVERFLOW] = torch.inf
     best = int(cost.argmin())
-    return PlannedLinear(
-        linear.name, linear.weights, float(rates[best]), float(losses[best]), bits, float(overflow[best])
-    )
+    rate, loss, share = (float(table.flatten()[best]) for table in (rates, losses, overflow))
+    return PlannedLinear(linear.name, linear.weights, rate, loss, bits, share)
 
 
 def _within(at: Callable[[float], list[PlannedLinear]], rate: float) -> list[PlannedLinear]:

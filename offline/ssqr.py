@@ -1,112 +1,118 @@
-"""SSQR: scales, one per output row (or per row and group), so that the layer overflows at a given rate.
+"""SSQR: scales, one per output row (or per row and group), and the price of an overflow entry.
 
-A target t at integer range low … high overflows unless its scale is at least max(t/(high + ½), t/(low − ½)). So in one
-row the k-th largest of these thresholds is the scale at which k − 1 weights overflow. The squared error of a row grows
-with s² ΣD and the row's own pivot; the rows share the layer's budget of overflow entries where an entry lowers the
-error most.
+A target t at integer range low … high is beyond it unless its scale is at least max(t/(high + ½), t/(low − ½)). So in
+one row the k-th largest of these thresholds is the scale at which k − 1 targets are beyond. The squared error of a row
+grows with s² ΣD and the row's own pivot; entries go to the rows where an entry lowers the error most, and what the last
+of them saves is the price of an entry. Rounding pays it, too: a target that is little beyond stays at the range's edge.
+
+A scale may be negative, as the range has one integer more below 0 than above.
 """
-
-import math
 
 import torch
 from torch import Tensor
 
 from vllm_babai.format.lattice import MAX_INTEGER, integer_range
 from vllm_babai.offline.lattice import Lattice
-from vllm_babai.offline.nearest_plane import Solution, expected_targets
+from vllm_babai.offline.nearest_plane import Rounding, Solution, expected_targets
 
+DRAWS = 3
 MAX_PASSES = 3
 RATE_TOLERANCE = 0.1
+MOST_BEYOND = 8  # targets beyond the range, over those that overflow
 
 
 def search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, overflow: float, seed: int) -> Solution:
-    """Solve with scales whose overflow rate is `overflow`; weight: [n, out] in the columns' order.
+    """Solve with scales and a price at which a share `overflow` overflows; weight: [n, out] in the columns' order.
 
-    How the scales of rows compare is chosen on draws of the targets that nearest plane is expected to meet. These
-    scales suit the draw that chose them too well, so one factor for all of them is found on a draw of its own, then on
-    the targets of each pass.
+    Scales are chosen on draws of the targets that nearest plane is expected to meet, for a share beyond the range of
+    which, at the price of these scales, as many overflow as asked for. The price is then met on a draw of its own, as
+    scales suit the draw that chose them too well, and on the targets of each pass.
     """
-    factor = lattice.columns
+    factor, low, high = lattice.columns, *integer_range(bits)
     cells = _cells(factor.order, groups)
-    pivots, row_pivots = factor.pivots, lattice.row_pivots(weight.shape[1]).to(weight.device)
-    scales = overflow_scales(weight, cells, pivots, row_pivots, bits, overflow)
     both = torch.cat((cells, cells + len(weight)), 1)
-    for attempt in range(2):
-        targets = torch.cat(expected_targets(weight, _steps(scales, cells), factor, seed + attempt))
-        scales = overflow_scales(targets, both, pivots.repeat(2), row_pivots, bits, overflow)
-    targets, _ = expected_targets(weight, _steps(scales, cells), factor, seed + 2)
+    pivots, row_pivots = (_relative(p, weight) for p in (factor.pivots, lattice.row_pivots(weight.shape[1])))
+    importance = pivots[:, None] * row_pivots
+    beyond = overflow
+    scales, price = overflow_scales(weight, cells, pivots, row_pivots, bits, beyond)
+    for attempt in range(DRAWS - 1):
+        steps = _steps(scales, cells)
+        draws = expected_targets(weight, steps, factor, seed + attempt)
+        worth = float((savings(draws[0], steps, importance, bits) > price).float().mean())
+        beyond *= min(max(overflow / max(worth, 1e-9), 0.5), 4.0)
+        beyond = min(max(beyond, overflow), MOST_BEYOND * overflow)
+        scales, price = overflow_scales(torch.cat(draws), both, pivots.repeat(2), row_pivots, bits, beyond)
+    steps = _steps(scales, cells)
+    targets, _ = expected_targets(weight, steps, factor, seed + DRAWS - 1)
+    saved = savings(targets, steps, importance, bits)
     rates: list[float] = []
-    stretch = 1.0
+    fitting = max(1, weight.numel() - round(overflow * weight.numel()))
     while not rates or (abs(rates[-1] - overflow) > RATE_TOLERANCE * overflow and len(rates) < MAX_PASSES):
-        if len(rates) > 1 and 0 < min(rates[-2:]) < overflow < max(rates[-2:]):
-            stretch = _between(stretch, rates[-2], rates[-1], overflow)
-        else:
-            stretch = _stretch(weight, targets, _steps(scales, cells), bits, overflow)
-        scales = (scales * stretch).to(torch.bfloat16)
-        plane = lattice.solve(weight, _steps(scales, cells))
-        targets = plane.targets
+        price = float(saved.flatten().kthvalue(fitting).values)
+        plane = lattice.solve(weight, steps, Rounding(low=low, high=high, price=price / importance))
+        saved = savings(plane.targets, steps, importance, bits)
         rates.append(overflow_rate(plane.integers, bits))
-    return Solution(scales, _steps(scales, cells), plane, len(rates))
+    mean_importance = float(factor.pivots.mean() * lattice.row_pivots(weight.shape[1]).mean())
+    kept = float(saved[saved <= price].double().sum()) * mean_importance
+    return Solution(scales, steps, plane, len(rates), kept)
 
 
 def overflow_scales(
     targets: Tensor, cells: Tensor, pivots: Tensor, row_pivots: Tensor, bits: int, rate: float
-) -> Tensor:
-    """Scales, bfloat16 [out, groups], at which a share `rate` of all targets overflows at the least total error.
+) -> tuple[Tensor, float]:
+    """Scales, bfloat16 [out, groups], at which a share `rate` of all targets is beyond the range at the least error,
+    and how much of D_j D_i t² the last target that is beyond saves.
 
-    targets: [n, out]. cells: int64 [groups, n / groups], positions that share a scale. pivots: D of the columns, [n].
-    row_pivots: how much the error of every row counts, [out].
+    targets: [n, out]. cells: int64 [groups, n / groups], positions that share a scale. pivots: D_j of the columns, [n].
+    row_pivots: D_i of the rows, [out].
     """
     low, high = integer_range(bits)
-    thresholds = torch.maximum(targets / (high + 0.5), targets / (low - 0.5))
-    weights = (pivots[cells].sum(1)[:, None] * row_pivots / row_pivots.mean()).to(targets.dtype)
+    weights = pivots[cells].sum(1)[:, None] * row_pivots / 12
     depth = min(cells.shape[1], max(4, int(cells.shape[1] * min(1.0, 6 * rate)) + 2))
-    largest = thresholds[cells].topk(depth, dim=1).values
-    largest = torch.maximum(largest, largest[:, :1] * (integer_range(bits)[1] + 1) * 2 / MAX_INTEGER)
-    cost = largest.square() * weights[:, None]
-    count = torch.arange(depth, device=targets.device, dtype=targets.dtype)[:, None]
+    candidates = []
+    for sign in (1, -1):
+        thresholds = torch.maximum(targets / (sign * (high + 0.5)), targets / (sign * (low - 0.5)))
+        largest = thresholds[cells].topk(depth, dim=1).values
+        candidates.append(sign * torch.maximum(largest, largest[:, :1] * (high + 1) * 2 / MAX_INTEGER))
+    choices = torch.cat(candidates, 1)
+    cost = choices.square() * weights[:, None]
+    count = torch.arange(depth, device=targets.device).repeat(2)
     price = _price_of_entry(cost, count, rate * targets.numel())
-    best = (cost + price * count).argmin(1, keepdim=True)
-    scales = largest.gather(1, best).squeeze(1).T
-    row = scales.amax(1, keepdim=True)
-    scales = torch.where(scales > 0, scales, torch.where(row > 0, row, 1.0))  # a cell of zeros goes with its row
-    return scales.to(torch.bfloat16).contiguous()
+    best = (cost + price * count[:, None]).argmin(1, keepdim=True)
+    scales = choices.gather(1, best).squeeze(1).T
+    row = scales.abs().amax(1, keepdim=True)
+    scales = torch.where(scales != 0, scales, torch.where(row > 0, row, 1.0))  # a cell of zeros goes with its row
+    return scales.to(torch.bfloat16).contiguous(), price
 
 
 def _price_of_entry(cost: Tensor, count: Tensor, budget: float) -> float:
-    """The error that one overflow entry must save, so that the entries worth it fit the budget. Bisection in log."""
+    """The error that one overflow entry must save, so that the entries worth it fit the budget. Bisection in log.
+
+    cost: [groups, choices, out]; count: entries of every choice, [choices].
+    """
     low, high = -60.0, 60.0
-    unit = float(cost[:, 0].max()) or 1.0
+    unit = float(cost.max()) or 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        entries = (cost + unit * 2.0**middle * count).argmin(1).sum()
+        entries = count[(cost + unit * 2.0**middle * count[:, None]).argmin(1)].sum()
         low, high = (middle, high) if entries > budget else (low, middle)
     return unit * 2.0**high
 
 
-def _stretch(weight: Tensor, targets: Tensor, steps: Tensor, bits: int, rate: float) -> float:
-    """Factor for all steps at which a share `rate` overflows, as what is carried grows in proportion to them.
+def savings(targets: Tensor, steps: Tensor, importance: Tensor, bits: int) -> Tensor:
+    """How much less D_j D_i (t − s z)² is at the nearest integer than at the nearest in the range, [n, out].
 
-    A target w + c overflows the range low … high of steps m·s unless m is at least w / ((high + ½)s − c) or
-    −w / (c − (low − ½)s). When c alone does, it is taken to go on overflowing, or fitting, as it does now.
+    importance: D_j D_i, [n, out]; it is 0 for a target in the range.
     """
     low, high = integer_range(bits)
-    carried = targets - weight
-    above, below = (high + 0.5) * steps - carried, carried - (low - 0.5) * steps
-    least = torch.where(weight > 0, weight / above, -weight / below)
-    now = torch.where((weight > above) | (-weight > below), torch.inf, 0.0)
-    least = torch.where((above <= 0) | (below <= 0), now, least).flatten()
-    fitting = max(1, len(least) - round(rate * len(least)))
-    return min(max(float(least.kthvalue(fitting).values), 0.5), 2.0)
+    inner = targets / steps
+    integers = inner.round()
+    edges = integers.clamp(low, high)
+    return (integers - edges) * (2 * inner - integers - edges) * steps.square() * importance
 
 
-def _between(stretch: float, before: float, after: float, rate: float) -> float:
-    """Factor for all steps at which a share `rate` overflows, when the last factor, `stretch`, led past it.
-
-    before, after: the rates without and with that factor. At two bits what is carried changes so much with the steps
-    that `_stretch` alone goes to and fro.
-    """
-    return stretch ** (math.log(rate / after) / math.log(after / before))
+def _relative(pivots: Tensor, like: Tensor) -> Tensor:
+    return (pivots / pivots.mean()).to(like)
 
 
 def _cells(order: Tensor, groups: int) -> Tensor:
@@ -124,6 +130,6 @@ def _steps(scales: Tensor, cells: Tensor) -> Tensor:
 
 
 def overflow_rate(integers: Tensor, bits: int) -> float:
-    """Share of integers (or of targets over their step) beyond the dense range."""
+    """Share of integers beyond the dense range."""
     low, high = integer_range(bits)
-    return float(((integers < low - 0.5) | (integers > high + 0.5)).float().mean())
+    return float(((integers < low) | (integers > high)).float().mean())

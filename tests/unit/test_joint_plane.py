@@ -10,7 +10,7 @@ from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor, factorize
 from vllm_babai.offline.joint_plane import RowGeometry, joint_plane, row_geometry
 from vllm_babai.offline.lattice import Lattice
-from vllm_babai.offline.nearest_plane import nearest_plane
+from vllm_babai.offline.nearest_plane import Rounding, nearest_plane
 
 
 def covariance(n: int, seed: int) -> Tensor:
@@ -79,6 +79,25 @@ def test_independent_rows_are_plain_nearest_plane() -> None:
     steps = torch.full((1, 10), 0.3, dtype=torch.float64)
     plain = nearest_plane(weight, lattice.columns.unit_upper, steps)
     assert torch.equal(lattice.solve(weight, steps).integers, plain.integers)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 4.0])
+def test_a_price_counts_as_in_the_kronecker_lattice(share: float) -> None:
+    weight, lattice = random_layer(40, 12, 5)
+    assert lattice.rows is not None
+    steps = torch.where(torch.arange(12) % 2 == 0, 0.3, -0.3).double()[None]
+    price = share * torch.rand(40, 12, dtype=torch.float64)
+    found = lattice.solve(weight, steps, Rounding(low=-2, high=1, price=price))
+    for first, factor in lattice.rows.blocks:
+        rows = first + factor.order
+        upper = torch.kron(lattice.columns.unit_upper, factor.unit_upper)
+        flat_weight, flat_steps, flat_price = (
+            t[:, rows].reshape(-1, 1) for t in (weight, steps.expand_as(weight), price)
+        )
+        expected = nearest_plane(flat_weight, upper, flat_steps, Rounding(low=-2, high=1, price=flat_price))
+        assert torch.equal(found.integers[:, rows].flatten(), expected.integers[:, 0])
+    if share == 0:
+        assert torch.equal(found.integers, lattice.solve(weight, steps).integers)
 
 
 def test_an_integer_beyond_int16_is_an_error() -> None:

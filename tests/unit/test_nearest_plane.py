@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import ORDERS, Factor, Order, factorize
-from vllm_babai.offline.nearest_plane import NearestPlane, mean_error, nearest_plane, squared_error
+from vllm_babai.offline.nearest_plane import NearestPlane, Rounding, mean_error, nearest_plane, squared_error
 
 
 def random_hessian(n: int, seed: int, condition: float = 1e3) -> Tensor:
@@ -192,3 +192,59 @@ def test_an_integer_beyond_int16_is_an_error() -> None:
         nearest_plane(torch.full((4, 2), 4.0).double(), factor.unit_upper, torch.tensor([[1e-4]]))
     with pytest.raises(QuantizationError):
         nearest_plane(torch.full((4, 2), torch.nan).double(), factor.unit_upper, torch.tensor([[1e-4]]))
+
+
+def priced(low: int, high: int, price: Tensor) -> Rounding:
+    return Rounding(low=low, high=high, price=price)
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 60), seed=st.integers(0, 2**32), negative=st.booleans())
+def test_without_a_price_or_a_range_rounding_is_to_the_nearest(n: int, seed: int, negative: bool) -> None:
+    factor = factorize64(random_hessian(n, seed), "activation", 0.01)
+    weight, steps = random_weight(20, n, seed).T.contiguous(), torch.full((1, 20), -0.3 if negative else 0.3)
+    expected = nearest_plane(weight, factor.unit_upper, steps.double())
+    free, everything = torch.zeros(1, 1, dtype=torch.float64), torch.full((1, 1), torch.inf, dtype=torch.float64)
+    for rounding in (priced(-1, 0, free), priced(-1000, 1000, everything)):
+        found = nearest_plane(weight, factor.unit_upper, steps.double(), rounding)
+        assert torch.equal(found.integers, expected.integers)
+        assert torch.equal(found.targets, expected.targets)
+
+
+@settings(deadline=None, max_examples=40)
+@given(price=st.floats(0, 10), low=st.integers(-4, 0), high=st.integers(0, 4), seed=st.integers(0, 2**32))
+def test_integers_beyond_the_range_are_worth_their_price(price: float, low: int, high: int, seed: int) -> None:
+    """Target by target, against every integer."""
+    factor = factorize64(random_hessian(20, seed), "activation", 0.01)
+    weight = random_weight(10, 20, seed, spread=3.0).T.contiguous()
+    steps = 0.5 + torch.rand(1, 10, dtype=torch.float64)
+    found = nearest_plane(
+        weight, factor.unit_upper, steps, priced(low, high, torch.tensor([[price]], dtype=torch.float64))
+    )
+    integers = torch.arange(-200.0, 201.0, dtype=torch.float64)
+    cost = (found.targets[..., None] - steps[..., None] * integers).square()
+    cost += price * ((integers < low) | (integers > high))
+    chosen = cost.gather(2, (found.integers + 200).long()[..., None]).squeeze(2)
+    torch.testing.assert_close(chosen, cost.amin(2))
+
+
+@pytest.mark.parametrize("price", [0.5, 2.0, 10.0])
+def test_a_price_lowers_error_and_price_in_all(price: float) -> None:
+    factor = factorize64(random_hessian(90, seed=5), "activation", 0.01)
+    weight, steps = random_weight(100, 90, 6).T.contiguous(), torch.full((1, 100), 0.4, dtype=torch.float64)
+    by_pivot = (price * factor.pivots.mean() / factor.pivots)[:, None]
+    costs = []
+    for rounding in (Rounding(), priced(-2, 1, by_pivot)):
+        plane = nearest_plane(weight, factor.unit_upper, steps, rounding)
+        entries = int(((plane.integers < -2) | (plane.integers > 1)).sum())
+        costs.append(float(squared_error(plane.residual, factor).sum() + price * factor.pivots.mean() * entries))
+    assert costs[1] < costs[0]
+
+
+def test_negative_steps_mirror_the_range() -> None:
+    factor = factorize64(random_hessian(40, seed=7), "activation", 0.01)
+    weight, steps = random_weight(30, 40, 8).T.contiguous(), torch.full((1, 30), 0.4, dtype=torch.float64)
+    price = torch.full((1, 1), 0.3, dtype=torch.float64)
+    found = nearest_plane(weight, factor.unit_upper, -steps, priced(-2, 1, price))
+    mirrored = nearest_plane(weight, factor.unit_upper, steps, priced(-1, 2, price))
+    assert torch.equal(found.integers, -mirrored.integers)
