@@ -66,7 +66,7 @@ class Solution:
 
 
 def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor, rounding: Rounding = NEAREST) -> NearestPlane:
-    """Decide every integer; nothing is clipped.
+    """Decide every integer.
 
     weight: [n, out], rows in the factor's order. unit_upper: [n, n] as in `Factor`. steps: broadcastable to [n, out].
     The halves are solved from right to left: solve the right half, carry its residual into the targets of the left half

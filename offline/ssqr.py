@@ -15,7 +15,7 @@ from vllm_babai.format.lattice import MAX_INTEGER, integer_range
 from vllm_babai.offline.lattice import Lattice
 from vllm_babai.offline.nearest_plane import Rounding, Solution, expected_targets
 
-DRAWS = 3
+DRAWS = 2  # of the targets, to choose scales on
 MAX_PASSES = 3
 RATE_TOLERANCE = 0.1
 MOST_BEYOND = 8  # targets beyond the range, over those that overflow
@@ -24,37 +24,44 @@ MOST_BEYOND = 8  # targets beyond the range, over those that overflow
 def search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, overflow: float, seed: int) -> Solution:
     """Solve with scales and a price at which a share `overflow` overflows; weight: [n, out] in the columns' order.
 
-    Scales are chosen on draws of the targets that nearest plane is expected to meet, for a share beyond the range of
-    which, at the price of these scales, as many overflow as asked for. The price is then met on a draw of its own, as
-    scales suit the draw that chose them too well, and on the targets of each pass.
+    The price is met on targets that nearest plane is expected to meet, then on those that it met. They are drawn anew,
+    as scales suit the draws that chose them too well.
     """
-    factor, low, high = lattice.columns, *integer_range(bits)
+    factor, (low, high) = lattice.columns, integer_range(bits)
     cells = _cells(factor.order, groups)
-    both = torch.cat((cells, cells + len(weight)), 1)
-    pivots, row_pivots = (_relative(p, weight) for p in (factor.pivots, lattice.row_pivots(weight.shape[1])))
-    importance = pivots[:, None] * row_pivots
-    beyond = overflow
-    scales, price = overflow_scales(weight, cells, pivots, row_pivots, bits, beyond)
-    for attempt in range(DRAWS - 1):
-        steps = _steps(scales, cells)
-        draws = expected_targets(weight, steps, factor, seed + attempt)
-        worth = float((savings(draws[0], steps, importance, bits) > price).float().mean())
-        beyond *= min(max(overflow / max(worth, 1e-9), 0.5), 4.0)
-        beyond = min(max(beyond, overflow), MOST_BEYOND * overflow)
-        scales, price = overflow_scales(torch.cat(draws), both, pivots.repeat(2), row_pivots, bits, beyond)
-    steps = _steps(scales, cells)
-    targets, _ = expected_targets(weight, steps, factor, seed + DRAWS - 1)
+    scales = _choose_scales(weight, lattice, cells, bits, overflow, seed)
+    steps, importance = _steps(scales, cells), _importance(weight, lattice)
+    targets, _ = expected_targets(weight, steps, factor, seed + DRAWS)
     saved = savings(targets, steps, importance, bits)
-    rates: list[float] = []
     fitting = max(1, weight.numel() - round(overflow * weight.numel()))
+    rates: list[float] = []
     while not rates or (abs(rates[-1] - overflow) > RATE_TOLERANCE * overflow and len(rates) < MAX_PASSES):
         price = float(saved.flatten().kthvalue(fitting).values)
         plane = lattice.solve(weight, steps, Rounding(low=low, high=high, price=price / importance))
         saved = savings(plane.targets, steps, importance, bits)
         rates.append(overflow_rate(plane.integers, bits))
-    mean_importance = float(factor.pivots.mean() * lattice.row_pivots(weight.shape[1]).mean())
-    kept = float(saved[saved <= price].double().sum()) * mean_importance
+    kept = float(saved[saved <= price].double().sum())
     return Solution(scales, steps, plane, len(rates), kept)
+
+
+def _choose_scales(weight: Tensor, lattice: Lattice, cells: Tensor, bits: int, overflow: float, seed: int) -> Tensor:
+    """Scales, bfloat16 [out, groups], chosen on draws of the targets that nearest plane is expected to meet.
+
+    So many targets are let beyond the range that as many as asked for are worth the price of an entry which goes with
+    these scales.
+    """
+    pivots, row_pivots = lattice.columns.pivots.to(weight), lattice.row_pivots(weight.shape[1]).to(weight)
+    importance, both = _importance(weight, lattice), torch.cat((cells, cells + len(weight)), 1)
+    beyond = overflow
+    scales, price = overflow_scales(weight, cells, pivots, row_pivots, bits, beyond)
+    for attempt in range(DRAWS):
+        steps = _steps(scales, cells)
+        draws = expected_targets(weight, steps, lattice.columns, seed + attempt)
+        worth = float((savings(draws[0], steps, importance, bits) > price).float().mean())
+        beyond *= min(max(overflow / max(worth, 1e-9), 0.5), 4.0)
+        beyond = min(max(beyond, overflow), MOST_BEYOND * overflow)
+        scales, price = overflow_scales(torch.cat(draws), both, pivots.repeat(2), row_pivots, bits, beyond)
+    return scales
 
 
 def overflow_scales(
@@ -102,7 +109,7 @@ def _price_of_entry(cost: Tensor, count: Tensor, budget: float) -> float:
 def savings(targets: Tensor, steps: Tensor, importance: Tensor, bits: int) -> Tensor:
     """How much less D_j D_i (t − s z)² is at the nearest integer than at the nearest in the range, [n, out].
 
-    importance: D_j D_i, [n, out]; it is 0 for a target in the range.
+    0 for a target in the range. importance: D_j D_i, [n, out].
     """
     low, high = integer_range(bits)
     inner = targets / steps
@@ -111,8 +118,10 @@ def savings(targets: Tensor, steps: Tensor, importance: Tensor, bits: int) -> Te
     return (integers - edges) * (2 * inner - integers - edges) * steps.square() * importance
 
 
-def _relative(pivots: Tensor, like: Tensor) -> Tensor:
-    return (pivots / pivots.mean()).to(like)
+def _importance(weight: Tensor, lattice: Lattice) -> Tensor:
+    """D_j D_i of every weight, [n, out], above 0."""
+    row_pivots = lattice.row_pivots(weight.shape[1]).to(weight)
+    return (lattice.columns.pivots.to(weight)[:, None] * row_pivots).clamp_min_(torch.finfo(weight.dtype).tiny)
 
 
 def _cells(order: Tensor, groups: int) -> Tensor:

@@ -21,13 +21,14 @@ BITS = (2, 3, 4, 8)
 def random_weight(
     out_features: int, in_features: int, bits: int, group_size: int = -1, rate: float = 0.02
 ) -> LatticeWeight:
-    """Integers that fill the dense range; a share `rate` of them overflows, some by much."""
+    """Integers that fill the dense range; a share `rate` of them overflows, some by much. Scales are of either sign."""
     low, high = integer_range(bits)
     integers = torch.randint(low, high + 1, (out_features, in_features), dtype=torch.int16)
     over = torch.rand(integers.shape) < rate
     integers[over] = (integers[over] * torch.randint(2, 100, (int(over.sum()),))).short()
     groups = 1 if group_size == -1 else in_features // group_size
     scales = 10 ** torch.empty(out_features, groups).uniform_(-6, -1)
+    scales[torch.rand(scales.shape) < 0.5] *= -1
     return LatticeWeight(integers, scales.bfloat16())
 
 
