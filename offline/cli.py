@@ -30,6 +30,7 @@ def quantize(
     bits: Annotated[int, typer.Option(help="SSQR: dense bits per weight: 2, 3, 4 or 8.")] = 4,
     overflow: Annotated[float, typer.Option(help="SSQR: share of weights stored sparsely.")] = 0.01,
     rate: Annotated[float, typer.Option(help="HPTQ: bits per weight, everything counted.")] = 3.125,
+    column_steps: Annotated[bool, typer.Option(help="HPTQ: steps by column where they pay.")] = True,
     target_bits: Annotated[
         float | None,
         typer.Option(help="SSQR: bits per weight of the whole model, shared out among linears."),
@@ -61,6 +62,7 @@ def quantize(
         bits=bits,
         overflow=overflow,
         rate=rate,
+        column_steps=column_steps,
         target_bits=target_bits,
         group_size=group_size,
         order=order,

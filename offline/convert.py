@@ -32,7 +32,7 @@ def convert(source: str | Path, out: str | Path, to: str, dtype: torch.dtype, *,
 
     HPTQ becomes SSQR of the widths that it was converted from, else of the smallest whose overflow stays under 2%.
     Dense weights are exact in float32, and rounded once in other dtypes. One file at a time is in memory. Raises
-    QuantizationError when `source` is not quantized, is corrupt, or OUT exists.
+    QuantizationError when `source` is not quantized, is corrupt, has column steps and is to be SSQR, or OUT exists.
     """
     checkpoint, out = open_checkpoint(source), Path(out)
     config = checkpoint.config()
@@ -89,7 +89,7 @@ def _encode(weight: LatticeWeight, config: CheckpointConfig, linear: str) -> SSQ
     scales = weight.scales
     if (scales == scales[:1, :1]).all():
         scales = scales[:1, :1].clone()
-    return HPTQ.encode(LatticeWeight(weight.integers, scales))
+    return HPTQ.encode(LatticeWeight(weight.integers, scales, weight.column_exponents))
 
 
 def _target_config(checkpoint: Checkpoint, config: CheckpointConfig, to: str) -> CheckpointConfig:
@@ -101,6 +101,11 @@ def _target_config(checkpoint: Checkpoint, config: CheckpointConfig, to: str) ->
         return config
     widths: dict[str, int] = {}
     for linear, weight, _, _ in stored_linears(checkpoint):
+        if weight.column_exponents is not None:
+            raise QuantizationError(
+                f"{linear}: its columns have steps of their own, which SSQR does not hold; "
+                "quantize with --no-column-steps, or convert --to dense"
+            )
         widths[linear] = smallest_width(weight.integers)
     shared = {linear: max(widths.get(name, 0) for name in fused_with(linear)) for linear in widths}
     common = max(set(shared.values()), key=list(shared.values()).count)

@@ -1,7 +1,7 @@
 """One linear layer: target weight and factored Hessian → lattice point, stored form and report."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,12 +72,23 @@ def quantize_ssqr(
     return QuantizedLinear(stored.tensors(), point, report)
 
 
-def quantize_hptq(name: str, weight: Tensor, lattice: Lattice, order: str, rate: float, seed: int) -> QuantizedLinear:
-    """Quantize `weight` [out, in] to HPTQ at `rate` bits per weight, everything stored counted."""
+def quantize_hptq(
+    name: str,
+    weight: Tensor,
+    lattice: Lattice,
+    order: str,
+    rate: float,
+    seed: int,
+    column_exponents: Tensor | None = None,
+) -> QuantizedLinear:
+    """Quantize `weight` [out, in] to HPTQ at `rate` bits per weight, everything stored counted.
+
+    column_exponents: int16 [in] of the columns' relative steps, see `format.steps`; None: one step for all.
+    """
     started = time.perf_counter()
     basis_weight = _to_basis(weight, lattice.columns)
-    solution = search_rate(basis_weight, lattice, rate, seed)
-    point = _from_basis(solution, lattice.columns)
+    solution = search_rate(basis_weight, lattice, rate, seed, column_exponents)
+    point = replace(_from_basis(solution, lattice.columns), column_exponents=column_exponents)
     stored = HPTQ.encode(point)
     report = _report(name, basis_weight, solution, lattice, order, stored.tensors(), started)
     return QuantizedLinear(stored.tensors(), point, report)

@@ -19,7 +19,8 @@ class QuantizeOptions:
 
     bits: dense bits per weight. overflow: share of weights stored sparsely. group_size: input features per scale, −1
     for one scale per output row. target_bits: bits per weight of the whole model, everything counted, by which bits and
-    overflow are chosen for every linear. These four are SSQR's; rate: HPTQ's bits per weight, everything counted.
+    overflow are chosen for every linear. These four are SSQR's; HPTQ's are rate: bits per weight, everything counted,
+    and column_steps: a step per column in linears where that is predicted to pay.
     order: of nearest plane. calibration: file or hub dataset; samples × sequence_length tokens of it are used (0: 2048,
     or what the model's positions allow). damping: λ over the Hessian's mean diagonal. drift: share of the correction
     for what the quantized linears before have done, which takes a second copy of the calibration inputs; 0: none.
@@ -32,6 +33,7 @@ class QuantizeOptions:
     bits: int = 4
     overflow: float = 0.01
     rate: float = 3.125
+    column_steps: bool = True
     target_bits: float | None = None
     group_size: int = -1
     order: Order = "activation"

@@ -13,6 +13,7 @@ from vllm_babai.offline.budget import Budget
 from vllm_babai.offline.calibration import calibration_tokens, load_tokenizer
 from vllm_babai.offline.capture import advance, hessians, seen_by, shared_inputs
 from vllm_babai.offline.checkpoint import open_checkpoint
+from vllm_babai.offline.column_steps import choose_column_steps
 from vllm_babai.offline.drift import Drift, corrected, moments
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor, factorize
@@ -147,8 +148,9 @@ class _Run:
         for group in shared_inputs(stream.block, stream.linears, first, stream.arguments):
             covariance, drift = self._capture(group, stream, original)
             factor = self._factorize(covariance, group)
+            exponents = self._column_steps({name: stream.linears[name].weight for name in group}, factor)
             for name in group:
-                quantized = self._quantize_linear(name, factor, drift)
+                quantized = self._quantize_linear(name, factor, drift, exponents)
                 _replace(stream.linears[name], quantized.weight.dequantize())
                 if self.options.format == "hptq":
                     self.budget.spend(quantized.report)
@@ -177,7 +179,16 @@ class _Run:
             self.progress.console.print(f"{', '.join(group)}: damping raised to {factor.damping:g}")
         return factor
 
-    def _quantize_linear(self, name: str, factor: Factor, drift: Drift | None) -> QuantizedLinear:
+    def _column_steps(self, weights: dict[str, Tensor], factor: Factor) -> Tensor | None:
+        """Exponents of the columns' steps of linears that share an input, or None."""
+        if self.options.format != "hptq" or not self.options.column_steps:
+            return None
+        rates = [self.budget.next_rate(name, weight.numel()) for name, weight in weights.items()]
+        return choose_column_steps(list(weights.values()), factor, rates, self.options.seed)
+
+    def _quantize_linear(
+        self, name: str, factor: Factor, drift: Drift | None, column_exponents: Tensor | None
+    ) -> QuantizedLinear:
         options = self.options
         rows = row_geometry(self.sensitivity.row_covariance(name)) if self.sensitivity else None
         lattice = Lattice(factor, rows)
@@ -186,7 +197,7 @@ class _Run:
             weight = corrected(weight, factor, drift, options.drift)
         if options.format == "hptq":
             rate = self.budget.next_rate(name, weight.numel())
-            return quantize_hptq(name, weight, lattice, options.order, rate, options.seed)
+            return quantize_hptq(name, weight, lattice, options.order, rate, options.seed, column_exponents)
         bits, overflow = options.bits, options.overflow
         if name in self.plan:
             bits, overflow = self.plan[name].bits or bits, self.plan[name].overflow or overflow

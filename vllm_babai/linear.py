@@ -19,13 +19,16 @@ from vllm_babai.reader import CODED_READERS, READERS, Reader, read_layer
 # LoRA looks for `qweight`.
 LAYOUT_NAMES = ("qweight", "scales", "overflow_entries", "overflow_offsets")
 CODED_NAMES = ("qweight", "ends", "row_class", "column_class", "table", "scales")
+INPUT_SCALES = "input_scales"
 
 
 @register_weight_loader_v2_supported_method
 class BabaiLinearMethod(LinearMethodBase):
     """One linear layer of vLLM, in any of its kinds (replicated, column, row, merged, QKV) and on any rank.
 
-    The rank holds its part dense + sparse.
+    The rank holds its part dense + sparse. Where the columns have steps of their own, these are `input_scales`, float32
+    [in_features]: x is multiplied by them in float32 and rounded to its dtype once, no more than a weight in that dtype
+    would be. torch.compile makes it part of the norm or activation before.
 
     format_name: format of the checkpoint. scheme: how the linears fused in this layer are stored.
     prefix: name of the layer in vLLM. names: names of those linears in the checkpoint, in the order of their rows.
@@ -82,13 +85,19 @@ class BabaiLinearMethod(LinearMethodBase):
         weight = read_layer(self.reader, parts, self.sizes, self.scheme)
         for name in self.reader.tensors:
             delattr(layer, name)
-        for name, tensor in self._place(weight, device).items():
+        placed = self._place(weight, device)
+        self.scales_inputs = weight.input_scales is not None
+        if self.scales_inputs:
+            placed[INPUT_SCALES] = weight.input_scales.to(device, torch.float32)
+        for name, tensor in placed.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         self._warm_up(layer, device)
         self.progress.advance(self.activity)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] → x Wᵀ + bias, [..., out_features], in the dtype of x."""
+        if self.scales_inputs:
+            x = (x * getattr(layer, INPUT_SCALES)).to(x.dtype)
         y = self._multiply(layer, x)
         return y if bias is None else y + bias
 

@@ -57,13 +57,14 @@ class RankWeight:
     """The part of a linear layer that a rank holds, dense + sparse.
 
     bits: of the dense part. qweight: uint8 [out, packed_bytes(in, bits)]. scales: bfloat16 [out, groups].
-    overflow: of the same out × in.
+    overflow: of the same out × in. input_scales: bfloat16 [in], to multiply the inputs with, or None.
     """
 
     bits: int
     qweight: Tensor
     scales: Tensor
     overflow: Overflow
+    input_scales: Tensor | None = None
 
     @classmethod
     def stack(cls, weights: Sequence["RankWeight"]) -> "RankWeight":
@@ -83,7 +84,7 @@ class Reader:
     """What the plugin has to know of one checkpoint format.
 
     tensors: dtype by name of those that a linear has. read(linear, scheme): a piece for each window, or FormatError.
-    stack: puts pieces of the layer below each other, and makes of them what the rank holds.
+    stack: puts pieces of the layer below each other, and makes of them what the rank holds, or FormatError.
     column_multiple(scheme): where columns are divided among ranks, each takes a multiple of this.
     """
 
@@ -133,16 +134,16 @@ def read_hptq(linear: StoredLinear, scheme: LayerScheme) -> list[LatticeWeight]:
     stored, groups = coded.shape, scheme.groups(columns)
     if (stored.rows, stored.columns) != (rows, columns):
         raise FormatError(f"the layer is {rows} × {columns}, but codes is of {stored.rows} × {stored.columns}")
-    if coded.exponents is not None:
-        raise FormatError("it has a scale for every column, which cannot be served; `babai convert --to dense` can")
     if scales.shape != (1, groups):
         _check_shape("scales", scales, (rows, groups))
     coded.check_scales(scales)
     by_row = scales.expand(rows, -1)
-    return [
-        LatticeWeight(decode_integers(coded, *window), by_row[window.rows, _groups(window, scheme)])
-        for window in linear.windows
-    ]
+    weights = []
+    for window in linear.windows:
+        exponents = None if coded.exponents is None else coded.exponents[window.columns]
+        scales_of_window = by_row[window.rows, _groups(window, scheme)]
+        weights.append(LatticeWeight(decode_integers(coded, *window), scales_of_window, exponents))
+    return weights
 
 
 def hptq_column_multiple(scheme: LayerScheme) -> int:
@@ -151,8 +152,16 @@ def hptq_column_multiple(scheme: LayerScheme) -> int:
 
 
 def stack_lattice(weights: Sequence[LatticeWeight]) -> LatticeWeight:
-    """Put linears with scales per row below each other."""
-    return LatticeWeight(torch.cat([w.integers for w in weights]), torch.cat([w.scales for w in weights]))
+    """Put linears with scales per row below each other. Raises FormatError when their columns have other steps, as the
+    layer has one input to scale.
+    """
+    every = [weight.column_exponents for weight in weights]
+    if len({None if exponents is None else exponents.numpy().tobytes() for exponents in every}) > 1:
+        raise FormatError(
+            "vLLM fuses them, but their columns have different steps; `babai convert --to dense` makes them servable"
+        )
+    integers, scales = torch.cat([w.integers for w in weights]), torch.cat([w.scales for w in weights])
+    return LatticeWeight(integers, scales, every[0])
 
 
 def pack_lattice(weights: Sequence[LatticeWeight]) -> RankWeight:
@@ -161,7 +170,7 @@ def pack_lattice(weights: Sequence[LatticeWeight]) -> RankWeight:
 
     weight = stack_lattice(weights)
     bits, qweight, overflow = split(weight.integers, HPTQ_OVERFLOW)
-    return RankWeight(bits, qweight, weight.scales, overflow)
+    return RankWeight(bits, qweight, weight.scales, overflow, weight.input_scales)
 
 
 HPTQ_TENSORS = {"codes": torch.uint8, "scales": torch.bfloat16}
@@ -183,7 +192,8 @@ def read_layer(reader: Reader, parts: Mapping[str, list[Part]], sizes: Mapping[s
     """What the reader makes of everything that a layer of one rank needs, from the parts that its parameters collected.
 
     parts: by tensor name. sizes: rows on this rank of each linear fused in the layer, by name, in order.
-    Raises FormatError that names the linear for tensors that are missing, there twice, truncated or corrupt.
+    Raises FormatError that names the linear for tensors that are missing, there twice, truncated or corrupt, or linears
+    that do not go together.
     """
     for tensor_name, found in parts.items():
         _check_complete(tensor_name, found, sizes)
@@ -203,7 +213,10 @@ def read_layer(reader: Reader, parts: Mapping[str, list[Part]], sizes: Mapping[s
             pieces += reader.read(linear, scheme)
         except FormatError as error:
             raise FormatError(f"{_linear_at(same_linear[0].destination, sizes)}: {error}") from error
-    return reader.stack(pieces)
+    try:
+        return reader.stack(pieces)
+    except FormatError as error:
+        raise FormatError(f"{', '.join(sizes)}: {error}") from error
 
 
 def _check_complete(tensor_name: str, parts: list[Part], sizes: Mapping[str, int]) -> None:

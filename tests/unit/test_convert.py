@@ -22,7 +22,7 @@ def quantized(
 ) -> Path:
     folder = tmp_path_factory.mktemp("convert")
     text = {"calibration": str(short_text), "samples": 4, "sequence_length": 64}
-    options = QuantizeOptions(format=request.param, bits=3, rate=2.5, **text)
+    options = QuantizeOptions(format=request.param, bits=3, rate=2.5, column_steps=False, **text)
     return quantize(save_random_llama(folder / "model"), folder / request.param, options)
 
 

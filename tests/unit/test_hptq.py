@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from vllm_babai.format import FORMATS, HPTQ, FormatError, LatticeWeight, predicted_bytes, snap_scales, tables
+from vllm_babai.format import (
+    FORMATS,
+    HPTQ,
+    FormatError,
+    LatticeWeight,
+    column_factors,
+    predicted_bytes,
+    step_exponents,
+    tables,
+)
 from vllm_babai.format.hptq import decode_integers, read_blob
 
 ONE_SCALE = torch.ones(1, 1, dtype=torch.bfloat16)
@@ -73,21 +82,38 @@ def test_scales_are_kept() -> None:
     assert torch.equal(weight.scales, scales)
 
 
-def test_snapped_column_scales_take_a_few_bits() -> None:
-    scales = snap_scales(torch.exp2(0.4 * torch.randn(1, 256)))
-    weight = LatticeWeight(gaussian(128, 256, 1.0), scales)
+def test_steps_of_columns_take_a_few_bits() -> None:
+    exponents = step_exponents(torch.exp2(0.4 * torch.randn(256)))
+    weight = LatticeWeight(gaussian(128, 256, 1.0), torch.rand(128, 2).bfloat16(), exponents)
     blob = HPTQ.encode(weight)
-    assert blob.scales.shape == (1, 1)
-    assert torch.equal(blob.decode().scales, scales)
-    one_scale = HPTQ.encode(LatticeWeight(weight.integers, ONE_SCALE))
-    assert len(blob.codes) - len(one_scale.codes) < 256 * 4 / 8 + 16
+    decoded = blob.decode()
+    assert decoded.column_exponents is not None
+    assert torch.equal(decoded.column_exponents, exponents)
+    assert torch.equal(decoded.dequantize(), weight.dequantize())
+    without = HPTQ.encode(LatticeWeight(weight.integers, weight.scales))
+    assert len(blob.codes) - len(without.codes) < 256 * 4 / 8 + 16
+    added = predicted_bytes(weight.integers, exponents) - predicted_bytes(weight.integers)
+    assert len(blob.codes) - len(without.codes) == pytest.approx(added, abs=6)
 
 
-def test_snapping_keeps_scales_within_a_sixteenth_of_an_octave() -> None:
-    scales = torch.exp2(3 * torch.randn(1, 500))
-    assert (snap_scales(scales).float() / scales).log2().abs().max() < 1 / 16 + 1 / 128
+def test_steps_of_columns_are_kept_within_a_sixteenth_of_an_octave() -> None:
+    steps = torch.exp2(3 * torch.randn(500))
+    ratio = column_factors(step_exponents(steps)).float() * steps.max() / steps
+    assert ratio.log2().abs().max() < 1 / 16 + 1 / 128
     with pytest.raises(ValueError, match="positive"):
-        snap_scales(-scales)
+        step_exponents(-steps)
+
+
+def test_columns_with_steps_dequantize_to_the_product() -> None:
+    integers, scales = gaussian(6, 8, 30.0), torch.rand(6, 2).bfloat16()
+    exponents = torch.arange(8, dtype=torch.int16)
+    weight = LatticeWeight(integers, scales, exponents)
+    factors = column_factors(exponents).double()
+    expected = integers.double() * scales.double().repeat_interleave(4, 1) * factors
+    assert torch.equal(weight.dequantize().double(), expected)
+    assert torch.equal(factors[::8], torch.ones(1).double())
+    with pytest.raises(ValueError, match="each of 8 columns"):
+        LatticeWeight(integers, scales, exponents[:7])
 
 
 def test_cost_of_a_large_gaussian() -> None:

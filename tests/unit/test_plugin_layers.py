@@ -14,7 +14,7 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_babai.config import BabaiConfig
-from vllm_babai.format import HPTQ, SSQR, CheckpointConfig, FormatError, LatticeWeight, integer_range, snap_scales
+from vllm_babai.format import HPTQ, SSQR, CheckpointConfig, FormatError, LatticeWeight, integer_range
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE = 128, 8, 2, 16
 Q_ROWS, KV_ROWS = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
@@ -146,12 +146,14 @@ def test_every_rank_holds_its_part(name: str, bits: int, group_size: int, ranks:
         assert torch.equal(held_weight(layer, expected.shape[1]), expected)
 
 
-def gaussian_weight(out_features: int, sigma: float, group_size: int = -1, scale_rows: int = 1) -> LatticeWeight:
-    """Integers of every size, as HPTQ stores them."""
+def gaussian_weight(
+    out_features: int, sigma: float, group_size: int = -1, scale_rows: int = 1, steps: Tensor | None = None
+) -> LatticeWeight:
+    """Integers of every size, as HPTQ stores them; steps: exponents of the columns'."""
     integers = torch.randn(out_features, HIDDEN).mul(sigma).round().short()
     integers[3, 5] = 20_000
     groups = 1 if group_size == -1 else HIDDEN // group_size
-    return LatticeWeight(integers, torch.rand(scale_rows, groups).add(0.5).bfloat16())
+    return LatticeWeight(integers, torch.rand(scale_rows, groups).add(0.5).bfloat16(), steps)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -317,10 +319,61 @@ def test_missing_code(name: str) -> None:
         layer.quant_method.process_weights_after_loading(layer)
 
 
-def test_scales_of_columns_are_refused() -> None:
-    weight = LatticeWeight(gaussian_weight(192, 1.5).integers, snap_scales(torch.rand(1, HIDDEN).add(0.5)))
-    with pytest.raises(FormatError, match=r"model.column: .* scale for every column"):
-        load(make_layer("column", checkpoint=CheckpointConfig("hptq")), [(None, HPTQ.encode(weight))])
+def column_steps(seed: int = 0) -> Tensor:
+    return torch.randint(0, 40, (HIDDEN,), dtype=torch.int16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("residency", ["packed", "coded"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_scales_its_inputs(name: str, residency: str, ranks: int) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    weights = {
+        shard: gaussian_weight(size, 1.5 + i, scale_rows=size if i == 1 else 1, steps=column_steps())
+        for i, (shard, size) in enumerate(case.sizes.items())
+    }
+    for weight in weights.values():
+        weight.integers[3, 5] = 200  # larger ones round in float32
+    stored: Stored = [(shard, HPTQ.encode(weight)) for shard, weight in weights.items()]
+    dense = {shard: weight.dequantize() for shard, weight in weights.items()}
+    for rank in range(ranks):
+        layer = make_layer(name, rank, ranks, CheckpointConfig("hptq", residency=residency))
+        load(layer, stored)
+        expected = case.expected(dense, rank, ranks)
+        assert layer.input_scales.shape == (expected.shape[1],)
+        assert torch.equal(held_weight(layer, expected.shape[1]), expected)
+
+
+@pytest.mark.parametrize("residency", ["packed", "coded"])
+def test_scaled_inputs_are_rounded_once(residency: str) -> None:
+    torch.manual_seed(0)
+    weight = gaussian_weight(192, 3.0, steps=column_steps())
+    weight.integers[3, 5] = 0
+    config = BabaiConfig(CheckpointConfig("hptq", residency=residency))
+    with as_rank(0, 1):
+        layer = vllm_linear.ReplicatedLinear(
+            HIDDEN, 192, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix="model.layer"
+        )
+    load(layer, [(None, HPTQ.encode(weight))])
+    x = (torch.randn(64, HIDDEN) * torch.exp2(column_steps() / 16)).bfloat16()
+    exact = x.double() @ weight.dequantize().double().T
+    served = layer.quant_method.apply(layer, x)
+    dense = torch.nn.functional.linear(x, weight.dequantize(torch.bfloat16))
+    assert served.dtype == torch.bfloat16
+    assert (served - exact).square().mean() < 1.6 * (dense - exact).square().mean()
+
+
+@pytest.mark.parametrize("residency", ["packed", "coded"])
+@pytest.mark.parametrize("other", [None, column_steps(1)])
+def test_fused_linears_share_the_steps_of_columns(other: Tensor | None, residency: str) -> None:
+    stored: Stored = [
+        (shard, HPTQ.encode(gaussian_weight(192, 1.5, steps=steps)))
+        for shard, steps in enumerate((column_steps(), other))
+    ]
+    layer = make_layer("gate_up_proj", checkpoint=CheckpointConfig("hptq", residency=residency))
+    with pytest.raises(FormatError, match=r"model.gate_proj, model.up_proj: .* columns have different steps"):
+        load(layer, stored)
 
 
 @pytest.mark.parametrize("case", ["gate_up_proj fused on disk", "row"])

@@ -7,7 +7,7 @@ from vllm_babai.format.lattice import LatticeWeight, integer_range
 from vllm_babai.format.overflow import Overflow, decode_overflow, read_header
 from vllm_babai.format.packing import BIT_WIDTHS, pack, packed_bytes, unpack
 from vllm_babai.format.ssqr import SSQR
-from vllm_babai.format.steps import snap_scales
+from vllm_babai.format.steps import column_factors, step_exponents
 
 FORMATS = {"ssqr": SSQR, "hptq": HPTQ}
 
@@ -21,12 +21,13 @@ __all__ = [
     "LatticeWeight",
     "LayerScheme",
     "Overflow",
+    "column_factors",
     "decode_overflow",
     "integer_range",
     "pack",
     "packed_bytes",
     "predicted_bytes",
     "read_header",
-    "snap_scales",
+    "step_exponents",
     "unpack",
 ]

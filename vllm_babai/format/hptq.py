@@ -1,7 +1,7 @@
 """HPTQ: integers of any size, entropy coded; one self-describing blob per linear.
 
 Layout (little endian): header; the model (`format.model`: tables, classes); if the header says `steps`, the exponents
-of the column scales (`format.steps`); padding to 4 bytes; for every tile the end of its stream in words, uint32; then
+of the columns' steps (`format.steps`); padding to 4 bytes; for every tile the end of its stream in words, uint32; then
 the streams (`format.rans`), uint16. Tiles follow each other row by row, each a stream of its own, so that thousands of
 threads can decode and a rank that holds some rows or columns decodes its tiles alone. A rANS state costs 24 bits and
 serves at least 4096 weights: 0.006 bit per weight.
@@ -24,7 +24,7 @@ from vllm_babai.format.errors import FormatError
 from vllm_babai.format.lattice import LatticeWeight
 from vllm_babai.format.model import Model, fit_model, pack_model, unpack_model
 from vllm_babai.format.parallel import parallel_map
-from vllm_babai.format.steps import column_scales, pack_exponents, scale_exponents, unpack_exponents
+from vllm_babai.format.steps import exponent_bits, pack_exponents, unpack_exponents
 from vllm_babai.format.tables import MAX_SHIFT, decoder_table, encoder_table
 
 MAGIC = b"BBHQ"
@@ -69,13 +69,13 @@ class Shape:
 class Coded:
     """A blob taken apart.
 
-    exponents: int32 [columns] of the column scales, see `format.steps`, or None. ends: int64 [tiles], where each stream
-    ends in `words`, uint16 [words] with room behind.
+    exponents: int16 [columns] of the columns' steps, see `format.steps`, or None. ends: int64 [tiles], where each
+    stream ends in `words`, uint16 [words] with room behind.
     """
 
     shape: Shape
     model: Model
-    exponents: np.ndarray | None
+    exponents: Tensor | None
     scales_crc: int
     ends: np.ndarray
     words: np.ndarray
@@ -90,8 +90,7 @@ class Coded:
 class HPTQ:
     """One linear layer as it lies on disk.
 
-    codes: uint8 [bytes], the blob. scales: bfloat16 [1 or out_features, groups]; or the largest alone, [1, 1], of
-    column scales that the blob names by their exponents.
+    codes: uint8 [bytes], the blob. scales: bfloat16 [1 or out_features, groups].
     """
 
     codes: Tensor
@@ -99,17 +98,15 @@ class HPTQ:
 
     @classmethod
     def encode(cls, weight: LatticeWeight) -> "HPTQ":
-        """Store a lattice point; exact for any int16 integers. Column scales from `snap_scales` take a few bits."""
-        exponents = scale_exponents(weight.scales)
-        scales = weight.scales.contiguous() if exponents is None else weight.scales.max().reshape(1, 1)
-        return cls(encode_integers(weight.integers, _scales_crc(scales), exponents), scales)
+        """Store a lattice point; exact for any int16 integers."""
+        scales = weight.scales.contiguous()
+        return cls(encode_integers(weight.integers, _scales_crc(scales), weight.column_exponents), scales)
 
     def decode(self) -> LatticeWeight:
         """The stored lattice point. Raises FormatError on anything truncated or corrupt."""
         coded = read_blob(self.codes)
         coded.check_scales(self.scales)
-        scales = self.scales if coded.exponents is None else column_scales(self.scales, coded.exponents)
-        return LatticeWeight(decode_integers(coded), scales)
+        return LatticeWeight(decode_integers(coded), self.scales, coded.exponents)
 
     def decode_window(self, row_window: slice | None = None, column_window: slice | None = None) -> Tensor:
         """Integers of some rows and columns alone, see `decode_integers`."""
@@ -120,17 +117,21 @@ class HPTQ:
         return {"codes": self.codes, "scales": self.scales}
 
 
-def predicted_bytes(integers: Tensor) -> float:
-    """Bytes of the blob that int16 integers [out, in] will take, without coding them; within a few bytes per tile."""
+def predicted_bytes(integers: Tensor, exponents: Tensor | None = None) -> float:
+    """Bytes of the blob that int16 integers [out, in] and exponents of their columns' steps, int16 [in], will take,
+    without coding them; within a few bytes per tile.
+    """
     shape = _cut(*integers.shape, tile_weights=TILE_WEIGHTS)
     bits = fit_model(integers.numpy())[1] + shape.count * (32 + 24 * shape.lanes)
+    if exponents is not None:
+        bits += exponent_bits(exponents)
     return HEADER.size + bits / 8
 
 
 def encode_integers(
-    integers: Tensor, scales_crc: int, exponents: np.ndarray | None = None, tile_weights: int | None = None
+    integers: Tensor, scales_crc: int, exponents: Tensor | None = None, tile_weights: int | None = None
 ) -> Tensor:
-    """Integers, int16 [out, in], and exponents of their column scales, if any → blob, uint8 [bytes].
+    """Integers, int16 [out, in], and exponents of their columns' steps, if any → blob, uint8 [bytes].
 
     tile_weights: about so many in a tile (None: TILE_WEIGHTS); smaller tiles let more threads decode, and cost bits.
     """

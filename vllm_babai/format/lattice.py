@@ -5,20 +5,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_babai.format.steps import column_factors
+
 MAX_INTEGER = 2**15 - 1
 
 
 @dataclass(frozen=True)
 class LatticeWeight:
-    """Integers and scales of one linear layer; every format stores exactly this pair.
+    """Integers and scales of one linear layer; every format stores exactly this.
 
     integers: int16 [out_features, in_features], |z| ≤ 2¹⁵ − 1.
     scales: bfloat16 [rows, groups]; rows is out_features, or 1 when one scale serves the whole matrix, and groups
         divides in_features into equal runs of consecutive input features.
+    column_exponents: int16 [in_features] of the factors by which the scales of columns differ besides, see
+        `format.steps`; or None. HPTQ alone stores them.
     """
 
     integers: Tensor
     scales: Tensor
+    column_exponents: Tensor | None = None
 
     def __post_init__(self) -> None:
         out_features, in_features = self.integers.shape
@@ -27,11 +32,22 @@ class LatticeWeight:
             raise TypeError(f"need int16 integers and bfloat16 scales, got {self.integers.dtype}, {self.scales.dtype}")
         if rows not in (1, out_features) or groups < 1 or in_features % groups:
             raise ValueError(f"scales {tuple(self.scales.shape)} do not divide integers {tuple(self.integers.shape)}")
+        exponents = self.column_exponents
+        if exponents is not None and (exponents.dtype != torch.int16 or exponents.shape != (in_features,)):
+            raise ValueError(f"need an int16 exponent for each of {in_features} columns, got {exponents.shape}")
+
+    @property
+    def input_scales(self) -> Tensor | None:
+        """Factors of the columns, bfloat16 [in_features], or None: a multiplication may as well scale its inputs."""
+        return None if self.column_exponents is None else column_factors(self.column_exponents)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """S ∘ Z as a dense matrix [out_features, in_features]; exact in float32."""
+        """S ∘ Z as a dense matrix [out_features, in_features]; rounded once where float32 does not hold it."""
         groups = self.scales.shape[1]
-        grouped = self.integers.unflatten(1, (groups, -1)).float() * self.scales.float().unsqueeze(-1)
+        scales = self.scales.float().unsqueeze(-1)
+        if (factors := self.input_scales) is not None:
+            scales = scales * factors.float().view(groups, -1)
+        grouped = self.integers.unflatten(1, (groups, -1)).float() * scales
         return grouped.flatten(1).to(dtype)
 
 

@@ -27,7 +27,12 @@ class SSQR:
 
     @classmethod
     def encode(cls, weight: LatticeWeight, bits: int) -> "SSQR":
-        """Store a lattice point with `bits` dense bits per weight; exact for any |z| ≤ 2¹⁵ − 1."""
+        """Store a lattice point with `bits` dense bits per weight; exact for any |z| ≤ 2¹⁵ − 1.
+
+        Raises ValueError when the columns have steps of their own.
+        """
+        if weight.column_exponents is not None:
+            raise ValueError("SSQR holds no steps of columns")
         if weight.integers.numel() and weight.integers.min() < -MAX_INTEGER:  # int16 itself ends at +MAX_INTEGER
             raise ValueError(f"integers larger than {MAX_INTEGER} cannot be stored")
         low, high = integer_range(bits)

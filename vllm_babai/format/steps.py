@@ -1,4 +1,7 @@
-"""One scale per column in a few bits each: largest scale · 2^(−k / STEPS_PER_OCTAVE), rounded to bfloat16."""
+"""Steps of columns relative to each other, in a few bits each: g = 2^(−k / STEPS_PER_OCTAVE), rounded to bfloat16.
+
+The product of such a factor, a bfloat16 scale and an integer below 2⁸ is exact in float32, in any order.
+"""
 
 import struct
 
@@ -8,50 +11,45 @@ from torch import Tensor
 
 from vllm_babai.format.errors import FormatError
 from vllm_babai.format.tables import halved
-from vllm_babai.format.vectors import pack_vectors, unpack_vectors
+from vllm_babai.format.vectors import pack_vectors, unpack_vectors, vector_bits
 
 STEPS_PER_OCTAVE = 8
 MAX_EXPONENT = 40 * STEPS_PER_OCTAVE
+_STREAM_BITS = 32 + 24  # length and rANS state
 
 
-def snap_scales(scales: Tensor) -> Tensor:
-    """Positive scales of columns [1, columns] → the nearest that HPTQ stores compactly, bfloat16 [1, columns]."""
-    if not bool((scales > 0).all()):
-        raise ValueError("scales of columns must be positive")
-    return column_scales(scales.max().reshape(1, 1).bfloat16(), _nearest(scales))
+def step_exponents(steps: Tensor) -> Tensor:
+    """Positive steps [columns] → exponents k, int16 [columns], of the nearest factors; the largest step has 0.
+
+    Raises ValueError when a step is not positive.
+    """
+    if not bool((steps > 0).all()):
+        raise ValueError("steps of columns must be positive")
+    octaves = torch.log2(steps.double())
+    return torch.round(STEPS_PER_OCTAVE * (octaves.max() - octaves)).clamp_max(MAX_EXPONENT).short().cpu()
 
 
-def column_scales(largest: Tensor, exponents: np.ndarray) -> Tensor:
-    """bfloat16 [1, 1] and exponents, integers ≥ 0 [columns] → scales, bfloat16 [1, columns]."""
-    factors = torch.from_numpy(halved(exponents / STEPS_PER_OCTAVE))
-    return (largest.double() * factors).bfloat16()
+def column_factors(exponents: Tensor) -> Tensor:
+    """Exponents k ≥ 0, int16 [columns] → factors g, bfloat16 [columns]."""
+    return torch.from_numpy(halved(exponents.numpy() / STEPS_PER_OCTAVE)).bfloat16()
 
 
-def scale_exponents(scales: Tensor) -> np.ndarray | None:
-    """Exponents, int32 [columns], of scales that `column_scales` gives back exactly; None for all others."""
-    if scales.shape[0] != 1 or scales.shape[1] < 2 or not bool((scales > 0).all()):
-        return None
-    exponents = _nearest(scales)
-    return exponents if torch.equal(column_scales(scales.max().reshape(1, 1), exponents), scales) else None
+def exponent_bits(exponents: Tensor) -> float:
+    """Bits that `pack_exponents` will take, within a few bytes."""
+    return _STREAM_BITS + vector_bits(exponents.numpy())
 
 
-def pack_exponents(exponents: np.ndarray) -> bytes:
-    """Exponents as bytes."""
-    return pack_vectors([exponents])
+def pack_exponents(exponents: Tensor) -> bytes:
+    """Exponents, int16 [columns], as bytes."""
+    return pack_vectors([exponents.int().numpy()])
 
 
-def unpack_exponents(raw: memoryview, position: int, columns: int) -> tuple[np.ndarray, int]:
-    """Exponents, int32 [columns], stored at `position`, and the position behind them. Raises FormatError."""
+def unpack_exponents(raw: memoryview, position: int, columns: int) -> tuple[Tensor, int]:
+    """Exponents, int16 [columns], stored at `position`, and the position behind them. Raises FormatError."""
     try:
         (exponents,), position = unpack_vectors(raw, position, [columns])
     except (struct.error, ValueError) as error:
         raise FormatError(f"codes blob has damaged column steps: {error}") from error
-    if exponents.min(initial=0) < 0:
-        raise FormatError("codes blob has column steps above the largest")
-    return exponents, position
-
-
-def _nearest(scales: Tensor) -> np.ndarray:
-    largest = scales.max().bfloat16().double()
-    exponents = torch.round(STEPS_PER_OCTAVE * torch.log2(largest / scales.double().reshape(-1)))
-    return exponents.clamp(0, MAX_EXPONENT).int().numpy()
+    if exponents.min(initial=0) < 0 or exponents.max(initial=0) > MAX_EXPONENT:
+        raise FormatError("codes blob has column steps that no encoder writes")
+    return torch.from_numpy(exponents.astype(np.int16)), position
