@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_babai.format import HPTQ, CheckpointConfig, LatticeWeight
+from vllm_babai.format import HPTQ, CheckpointConfig, LatticeWeight, column_factors
 from vllm_babai.offline.convert import convert
 
 MODEL = Path(__file__).parents[2] / "deploy" / "demo" / "stdlib-6m"
 PROMPT = "class Error(Exception):\n    pass\n\n\ndef parse(text, *, strict=False):\n"
 TOKENS = 16
 STEPS_PER_SPREAD = 2.5  # integers of about 3.3 bits
+WITH_COLUMN_STEPS = ("q_proj", "k_proj", "v_proj", "down_proj")
 SERVERS = {
     "packed": ([], "Packing"),
     "coded": (["--hf-overrides", json.dumps({"babai_residency": "coded"})], "Coding"),
@@ -30,14 +31,18 @@ Answer = tuple[list[int], str, list[float]]  # prompt, greedy answer, log probab
 
 @pytest.fixture(scope="module")
 def hptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model, every linear rounded to nearest with one step."""
+    """The bundled model, every linear rounded to nearest: with one step, or with a step for every column."""
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in load_file(MODEL / "model.safetensors").items():
         if not name.endswith("_proj.weight"):
             tensors[name] = weight
             continue
         step = (weight.float().std() / STEPS_PER_SPREAD).bfloat16().reshape(1, 1)
-        stored = HPTQ.encode(LatticeWeight((weight.float() / step.float()).round().short(), step))
+        exponents, steps = None, step.float()
+        if name.removesuffix(".weight").endswith(WITH_COLUMN_STEPS):
+            exponents = (torch.arange(weight.shape[1]) % 8).short()
+            steps = steps * column_factors(exponents).float()
+        stored = HPTQ.encode(LatticeWeight((weight.float() / steps).round().short(), step, exponents))
         tensors |= {name.removesuffix("weight") + key: tensor for key, tensor in stored.tensors().items()}
     folder = tmp_path_factory.mktemp("hptq") / "quantized"
     shutil.copytree(MODEL, folder)
