@@ -75,7 +75,7 @@ def overflow_scales(
     """
     low, high = integer_range(bits)
     weights = pivots[cells].sum(1)[:, None] * row_pivots / 12
-    depth = min(cells.shape[1], max(4, int(cells.shape[1] * min(1.0, 6 * rate)) + 2))
+    depth = min(cells.shape[1], max(4, int(cells.shape[1] * min(1.0, 4 * rate)) + 2))
     candidates = []
     for sign in (1, -1):
         thresholds = torch.maximum(targets / (sign * (high + 0.5)), targets / (sign * (low - 0.5)))
@@ -99,7 +99,7 @@ def _price_of_entry(cost: Tensor, count: Tensor, budget: float) -> float:
     """
     low, high = -60.0, 60.0
     unit = float(cost.max()) or 1.0
-    for _ in range(40):
+    for _ in range(20):
         middle = (low + high) / 2
         entries = count[(cost + unit * 2.0**middle * count[:, None]).argmin(1)].sum()
         low, high = (middle, high) if entries > budget else (low, middle)
