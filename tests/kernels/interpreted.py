@@ -41,7 +41,7 @@ def random_weight(
     excess = torch.randint(1, spread + 1, (rows, columns))
     beyond = torch.where(torch.rand(rows, columns) < 0.5, high + excess, low - excess)
     integers = torch.where(torch.rand(rows, columns) < overflow, beyond, integers)
-    scales = scale * (0.5 + torch.rand(rows, groups))
+    scales = scale * (0.5 + torch.rand(rows, groups)) * torch.randint(2, (rows, groups)).mul(2).sub(1)  # of either sign
     return LatticeWeight(integers.short(), scales.bfloat16())
 
 
