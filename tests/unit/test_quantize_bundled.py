@@ -34,12 +34,6 @@ def test_measured_errors_are_the_predicted_ones(report: dict[str, Any], record_p
     assert abs(sum(ratios.values()) / len(ratios) - 1) < 0.003
 
 
-def test_errors_stay_within_the_bound(report: dict[str, Any]) -> None:
-    for layer in report["layers"]:
-        assert layer["measured_error"] <= layer["bound"]
-        assert layer["bound"] == pytest.approx(3 * layer["predicted_error"])
-
-
 def test_overflow_is_what_was_asked_for(report: dict[str, Any]) -> None:
     for layer in report["layers"]:
         assert layer["overflow_rate"] == pytest.approx(0.01, rel=0.1), layer["name"]
@@ -47,6 +41,6 @@ def test_overflow_is_what_was_asked_for(report: dict[str, Any]) -> None:
 
 
 def test_bits_per_weight_count_everything(report: dict[str, Any]) -> None:
-    """1% overflow of about 12.5 bits, a scale of 16 bits for 256 or 768 weights, headers of some bytes."""
+    """1% overflow of about 10 bits, a scale of 16 bits for 256 or 768 weights, headers of some bytes."""
     bits = report["options"]["bits"]
     assert bits + 0.1 < report["bits_per_weight"] < bits + 0.2
