@@ -103,7 +103,6 @@ def measure(case: Case, size: float, material: Material) -> Row:
         samples=material.samples,
         sequence_length=material.length,
     )
-    known = {name: value for name, value in case.options.items() if hasattr(common, name)}
     if case.format == "hptq":
         asked: dict[str, Any] = {"rate": size}
     else:
@@ -112,7 +111,7 @@ def measure(case: Case, size: float, material: Material) -> Row:
         for name, value in case.constants.items():
             stack.enter_context(patch(name, value))
         started = time.perf_counter()
-        out = quantize(material.model, Path(folder) / "out", replace(common, **known, **asked))
+        out = quantize(material.model, Path(folder) / "out", replace(common, **case.options, **asked))
         seconds = time.perf_counter() - started
         bits = json.loads((out / REPORT).read_text())["bits_per_weight"]
         found = evaluate(
@@ -170,6 +169,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--windows", type=int, default=80)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--sizes", type=float, nargs="+", help="bits per weight to measure; without it, all")
     parser.add_argument("--only", default="", help="cases whose format and name contain this")
     parser.add_argument("--no-peers", action="store_true", help="leave the other tools' points out of the plot")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -191,6 +191,8 @@ def main() -> None:
         for case in CASES:
             for size in case.sizes:
                 if (case.format, case.name, size) in done or options.only not in f"{case.format} {case.name}":
+                    continue
+                if options.sizes and size not in options.sizes:
                     continue
                 rows.append(measure(case, size, material))
                 print(rows[-1], flush=True)
