@@ -147,15 +147,16 @@ def _multiply_packed(
     tokens, in_features = x.shape
     padded = _padded(x, dense, width)
     activations = padded.float() if isinstance(arithmetic, Float32) else padded
+    by_column = _tokens_in_lanes(activations)
     y = torch.empty(tokens, out_features, dtype=x.dtype)
     run_tiles(
         dense_kernels(arithmetic, width),
-        overflow_kernel(1 if tokens == 1 else LANES),
+        overflow_kernel(by_column.shape[2]),
         activations.data_ptr(),
         activations.stride(0) * activations.element_size(),
         dense.numpy(),
         scales.numpy(),
-        _tokens_in_lanes(x),
+        by_column,
         entries.numpy(),
         offsets.numpy(),
         _group_shift(scales, in_features),
@@ -171,7 +172,7 @@ def _padded(x: Tensor, dense: Tensor, width: int) -> Tensor:
 
 
 def _tokens_in_lanes(x: Tensor) -> np.ndarray:
-    """x [tokens, in] → float32 [⌈tokens / lanes⌉, in, lanes]."""
+    """x [tokens, in], contiguous → contiguous float32 [⌈tokens / lanes⌉, in, lanes]; one lane for one token."""
     if len(x) == 1:
         return x.float().numpy()[..., None]
     padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % LANES))

@@ -125,6 +125,13 @@ def test_activations_need_not_be_contiguous() -> None:
     assert torch.equal(multiply(x, weight, 4), multiply(x.contiguous(), weight, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_one_token_need_not_be_contiguous(dtype: torch.dtype) -> None:
+    weight = random_weight(64, 64, 4)
+    x = torch.randn(1, 128).to(dtype)[:, ::2]
+    assert torch.equal(multiply(x, weight, 4), multiply(x.contiguous(), weight, 4))
+
+
 @pytest.mark.skipif(not has_bfloat16(), reason="needs AVX512-BF16")
 @pytest.mark.parametrize("bits", BITS)
 def test_both_arithmetics_agree(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
