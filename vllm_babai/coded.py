@@ -4,6 +4,7 @@ Importable without vllm.
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -77,6 +78,7 @@ def multiply_decoded(x: Tensor, coded: CodedTensors, decode: Callable[[CodedTens
     return torch.nn.functional.linear(x.to(compute), decode(coded, workspace)).to(x.dtype)
 
 
+@cache
 def backend(device_type: str) -> ModuleType:
     """The module whose `multiply_coded(x, CodedTensors)` is for this type of device.
 

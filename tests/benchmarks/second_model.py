@@ -6,7 +6,6 @@ for some minutes on the standard library of the Python that runs, without the mo
 
 import argparse
 import runpy
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,6 @@ from rich.progress import track
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 LENGTH, BATCH, RATE = 256, 8, 2e-3
 CONFIG = Qwen3Config(
     vocab_size=4096,
@@ -72,8 +70,7 @@ def main() -> None:
         if step % 100 == 0:
             print(f"step {step}, {done:.0%}: loss {loss.item():.3f}", flush=True)
     model.to(torch.bfloat16).save_pretrained(options.folder)
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(DEMO / "stdlib-6m" / name, options.folder / name)
+    AutoTokenizer.from_pretrained(DEMO / "stdlib-6m").save_pretrained(options.folder)
     print(f"{step} steps of {LENGTH * BATCH} tokens, loss {loss.item():.3f}: {options.folder}")
 
 
