@@ -1,22 +1,23 @@
 """CPU backend of `babai::matmul`: device layout, and the way to multiply that is fastest for a number of tokens.
 
-Few tokens: the weights are decoded anew for every few of them, the overflow is summed apart. Many: a tile is expanded
-to bfloat16 integers in the cache, overflow included, and serves hundreds of tokens; integers above 2⁸ are rounded to
-bfloat16 there. Many on a processor with AMX: the dequantized weight goes to PyTorch's matmul.
+Few tokens: the weights are decoded anew for every few of them, the overflow is summed apart. Many: block by block, a
+tile is expanded to bfloat16 integers in the cache, overflow included, and serves hundreds of tokens; integers above 2⁸
+are rounded to bfloat16 there. Many on a processor with AMX: the dequantized weight goes to PyTorch's matmul.
 
 Layout: `dense` int32 [tiles, words, 64], see `vllm_babai.cpu_kernel`; `scales` float32 [groups, 64 · tiles]; `entries`
-int32, column · 2¹⁶ + excess, sorted by row; `offsets` int32 [out + 1], first entry of every row. Three bits are stored
-in fields of four, which then hold most of the overflow as well.
+int32, by tile and block of 128 columns, excess · 2¹⁶ + place in [128 columns, 64 rows]; `offsets` int32
+[tiles · blocks + 1], first entry of every block. Three bits are stored in fields of four, which then hold most of the
+overflow as well.
 """
 
 from collections.abc import Callable
 
 import numba
-import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_babai.cpu_kernel import (
+    BLOCK_COLUMNS,
     LANES,
     TILE_ROWS,
     Arithmetic,
@@ -26,18 +27,16 @@ from vllm_babai.cpu_kernel import (
     dequantize_kernel,
     expand_kernel,
     has_bfloat16,
-    overflow_kernel,
+    insert_kernel,
+    overflow_kernels,
     weights_per_word,
 )
-from vllm_babai.cpu_loops import dequantize_tiles, run_expanded_tiles, run_tiles
+from vllm_babai.cpu_loops import dequantize_tiles, run_expanded_tiles, run_tiles, tokens_in_lanes
 from vllm_babai.format import Overflow, integer_range, unpack
 from vllm_babai.layout import DeviceLayout
 
 FIELD_WIDTH = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of the checkpoint → bits of a field
-COLUMN_BITS = 16
-EXPAND_TOKENS = {2: 24, 4: 24, 8: 12}  # by width: from here on, expanding a tile pays; decoding it is for few tokens
-EXPAND_TOKENS_AT_ONCE = 256
-EXPAND_PAIRS = 1024  # pairs of columns expanded at a time: 256 KB
+EXPAND_TOKENS = {2: 17, 3: 24, 4: 17, 8: 6}  # by bits, measured: from here on, expanding is faster than decoding
 DEQUANTIZE_TOKENS = 64  # with AMX: from here on, a dequantized matmul
 DEQUANTIZE_TILES = 2  # tiles dequantized at a time
 
@@ -63,18 +62,13 @@ def device_layout(
     """Arrange a linear for the kernels of this module.
 
     qweight: uint8 [out, packed_bytes(in, bits)]. scales: bfloat16 [out, groups]. overflow: of the same out × in.
-    Raises ValueError for more than 2¹⁶ input features or a group size that is no multiple of 16.
+    Raises ValueError for a group size that is no multiple of 16.
     """
-    if in_features > 1 << COLUMN_BITS:
-        raise ValueError(f"the CPU kernels take at most {1 << COLUMN_BITS} input features, not {in_features}")
     width = FIELD_WIDTH[bits]
     integers = unpack(qweight, bits, in_features)
     integers[overflow.rows.long(), overflow.columns.long()] += overflow.excess.short()
     fields = integers.clamp(*integer_range(width))
-    rows, columns = torch.nonzero(integers != fields, as_tuple=True)
-    excess = integers[rows, columns].int() - fields[rows, columns].int()
-    entries = columns.int() << COLUMN_BITS | excess & 0xFFFF
-    offsets = torch.searchsorted(rows, torch.arange(len(qweight) + 1)).int()
+    entries, offsets = _overflow_by_block(integers - fields)
     return DeviceLayout(_words(fields, width), _group_scales(scales, in_features), entries, offsets)
 
 
@@ -84,15 +78,14 @@ def matmul(
     """x [..., in_features] in bfloat16, float16 or float32 → x Wᵀ [..., out_features] in the same dtype."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     tokens = x.reshape(-1, x.shape[-1])
-    width = FIELD_WIDTH[bits]
-    multiply = _way_to_multiply(len(tokens), x.dtype, width)
-    y = multiply(tokens, dense, scales, entries, offsets, width, out_features)
+    multiply = _way_to_multiply(len(tokens), x.dtype, bits)
+    y = multiply(tokens, dense, scales, entries, offsets, FIELD_WIDTH[bits], out_features)
     return y.view(*x.shape[:-1], out_features)
 
 
 def warm_up(layout: DeviceLayout, bits: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
     """Compile every way to multiply with activations of `dtype`."""
-    for tokens in (1, 2, EXPAND_TOKENS[FIELD_WIDTH[bits]], DEQUANTIZE_TOKENS):
+    for tokens in (1, 2, EXPAND_TOKENS[bits], DEQUANTIZE_TOKENS):
         matmul(torch.zeros(tokens, in_features, dtype=dtype), *layout, bits, out_features)
 
 
@@ -106,6 +99,18 @@ def _words(fields: Tensor, width: int) -> Tensor:
     for k in range(per_word):
         words |= (grouped[..., k].int() - half) << (16 * (k % 2) + width * (k // 2))
     return words.transpose(1, 2).contiguous()
+
+
+def _overflow_by_block(excess: Tensor) -> tuple[Tensor, Tensor]:
+    """What the fields lack, int16 [out, in] → entries and offsets."""
+    rows, columns = torch.nonzero(excess, as_tuple=True)
+    tiles, blocks = -(-excess.shape[0] // TILE_ROWS), -(-excess.shape[1] // BLOCK_COLUMNS)
+    block = rows // TILE_ROWS * blocks + columns // BLOCK_COLUMNS
+    place = columns % BLOCK_COLUMNS * TILE_ROWS + rows % TILE_ROWS
+    places = BLOCK_COLUMNS * TILE_ROWS
+    position, order = torch.sort(block * places + place)
+    entries = excess[rows, columns][order].int() << 16 | (position % places).int()
+    return entries, torch.searchsorted(position, torch.arange(tiles * blocks + 1) * places).int()
 
 
 def _group_scales(scales: Tensor, in_features: int) -> Tensor:
@@ -123,15 +128,14 @@ def _group_scales(scales: Tensor, in_features: int) -> Tensor:
 def _group_shift(scales: Tensor, in_features: int) -> int:
     """Column >> shift is its group."""
     groups = scales.shape[0]
-    return COLUMN_BITS if groups == 1 else (in_features // groups).bit_length() - 1
+    return in_features.bit_length() if groups == 1 else (in_features // groups).bit_length() - 1
 
 
-def _way_to_multiply(tokens: int, dtype: torch.dtype, width: int) -> Callable[..., Tensor]:
-    if isinstance(_arithmetic(dtype), Float32):
+def _way_to_multiply(tokens: int, dtype: torch.dtype, bits: int) -> Callable[..., Tensor]:
+    if tokens < EXPAND_TOKENS[bits] or isinstance(_arithmetic(dtype), Float32):
         return _multiply_packed
-    if torch.cpu._is_amx_tile_supported():  # PyTorch's own matmul is then several times faster than any kernel without
-        return _multiply_dequantized if tokens >= DEQUANTIZE_TOKENS else _multiply_packed
-    return _multiply_expanded if tokens >= EXPAND_TOKENS[width] else _multiply_packed
+    amx = torch.cpu._is_amx_tile_supported()  # PyTorch's own matmul is then several times faster than any without
+    return _multiply_dequantized if amx and tokens >= DEQUANTIZE_TOKENS else _multiply_expanded
 
 
 def _arithmetic(dtype: torch.dtype) -> Arithmetic:
@@ -147,11 +151,11 @@ def _multiply_packed(
     tokens, in_features = x.shape
     padded = _padded(x, dense, width)
     activations = padded.float() if isinstance(arithmetic, Float32) else padded
-    by_column = _tokens_in_lanes(activations)
+    by_column = tokens_in_lanes(activations.float().numpy())
     y = torch.empty(tokens, out_features, dtype=x.dtype)
     run_tiles(
         dense_kernels(arithmetic, width),
-        overflow_kernel(by_column.shape[2]),
+        overflow_kernels()[by_column.shape[2]],
         activations.data_ptr(),
         activations.stride(0) * activations.element_size(),
         dense.numpy(),
@@ -171,42 +175,32 @@ def _padded(x: Tensor, dense: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous()
 
 
-def _tokens_in_lanes(x: Tensor) -> np.ndarray:
-    """x [tokens, in], contiguous → contiguous float32 [⌈tokens / lanes⌉, in, lanes]; one lane for one token."""
-    if len(x) == 1:
-        return x.float().numpy()[..., None]
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % LANES))
-    return padded.unflatten(0, (-1, LANES)).transpose(1, 2).float().contiguous().numpy()
-
-
 def _multiply_expanded(
     x: Tensor, dense: Tensor, scales: Tensor, entries: Tensor, offsets: Tensor, width: int, out_features: int
 ) -> Tensor:
-    activations = _padded(x, dense, width)
-    buffers = torch.empty(numba.get_num_threads(), EXPAND_PAIRS, TILE_ROWS, dtype=torch.uint32)
-    y = torch.zeros(len(x), scales.shape[1], dtype=torch.float32)
-    for start in range(0, len(x), EXPAND_TOKENS_AT_ONCE):
-        some = slice(start, start + EXPAND_TOKENS_AT_ONCE)
-        run_expanded_tiles(
-            dense_kernels(Bfloat16(), 16),
-            expand_kernel(width),
-            16 // width,
-            activations[some].data_ptr(),
-            activations.stride(0) * activations.element_size(),
-            dense.numpy(),
-            scales.numpy(),
-            entries.numpy(),
-            offsets.numpy(),
-            buffers.numpy(),
-            y[some].numpy(),
-        )
-    return y[:, :out_features].to(x.dtype)
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK_COLUMNS))
+    by_block = padded.unflatten(1, (-1, BLOCK_COLUMNS)).transpose(0, 1).contiguous()
+    y = torch.empty(len(x), out_features, dtype=x.dtype)
+    run_expanded_tiles(
+        dense_kernels(Bfloat16(), 16),
+        expand_kernel(width),
+        insert_kernel(),
+        16 // width,
+        by_block.view(torch.uint16).numpy(),
+        dense.numpy(),
+        scales.numpy(),
+        entries.numpy(),
+        offsets.numpy(),
+        y.view(torch.uint16).numpy(),
+    )
+    return y
 
 
 def _multiply_dequantized(
     x: Tensor, dense: Tensor, scales: Tensor, entries: Tensor, offsets: Tensor, width: int, out_features: int
 ) -> Tensor:
     in_features = x.shape[1]
+    blocks = -(-in_features // BLOCK_COLUMNS)
     y = x.new_empty(len(x), out_features)
     for tile in range(0, len(dense), DEQUANTIZE_TILES):
         tiles = dense[tile : tile + DEQUANTIZE_TILES]
@@ -217,7 +211,7 @@ def _multiply_dequantized(
             tiles.numpy(),
             scales[:, first_row:].numpy(),
             entries.numpy(),
-            offsets[first_row:].numpy(),
+            offsets[tile * blocks : (tile + len(tiles)) * blocks + 1].numpy(),
             _group_shift(scales, in_features),
             weight.numpy(),
         )

@@ -8,7 +8,8 @@ tile serves up to six tokens; products are summed in float32 and scaled once per
   it into a pair of bfloat16 integers, and one instruction multiplies pairs and adds. Integers and products are exact.
 - `Float32` (any processor): shift, mask, convert, multiply and add.
 
-The overflow kernel sums the entries of one row, with tokens in the lanes.
+The overflow kernels take entry by entry, with tokens in the lanes. For many tokens, a block of a tile is expanded to
+pairs of bfloat16 integers, words of width 16, for a dense kernel that has nothing to decode.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +22,10 @@ import numpy as np
 from llvmlite import ir
 
 TILE_ROWS = 64
-LANES = 16
-PREFETCH_BYTES = 8192  # how far ahead of the words a dense kernel fetches: the processor alone fetches too late
-TOKEN_BLOCKS = (6, 4, 2, 1)  # tokens per call of a dense kernel: 6 × 4 sums fill the 32 vector registers best
+BLOCK_COLUMNS = 128  # of a tile: the unit in which overflow is stored and tiles are expanded
+LANES = 16  # of float32 in a vector
+PREFETCH_BYTES = 8192  # how far ahead of the words a kernel fetches: the processor alone fetches too late
+MOST_TOKENS = 6  # per call of a dense kernel: 6 × 4 sums fill the 32 vector registers best
 
 VECTORS = TILE_ROWS // LANES
 I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -133,20 +135,26 @@ def has_bfloat16() -> bool:
 
 @cache
 def dense_kernels(arithmetic: Arithmetic, width: int) -> tuple[int, ...]:
-    """Addresses of the dense kernels for fields of `width` bits, one for each of TOKEN_BLOCKS."""
-    return tuple(_compile(_dense_module(arithmetic, width, tokens)) for tokens in TOKEN_BLOCKS)
+    """Addresses of the dense kernels for fields of `width` bits, for 1, 2, … MOST_TOKENS tokens."""
+    return tuple(_compile(_dense_module(arithmetic, width, tokens)) for tokens in range(1, MOST_TOKENS + 1))
 
 
 @cache
-def overflow_kernel(lanes: int) -> int:
-    """Address of the overflow kernel for `lanes` tokens, 1 or LANES."""
-    return _compile(_overflow_module(lanes))
+def overflow_kernels() -> dict[int, int]:
+    """Number of lanes → address of the overflow kernel for so many tokens."""
+    return {lanes: _compile(_overflow_module(lanes)) for lanes in (1, 2, 4, 8, LANES)}
 
 
 @cache
 def expand_kernel(width: int) -> int:
     """Address of the kernel that expands fields of `width` bits to pairs of bfloat16 integers."""
     return _compile(_expand_module(width))
+
+
+@cache
+def insert_kernel() -> int:
+    """Address of the kernel that adds overflow entries to expanded weights."""
+    return _compile(_insert_module())
 
 
 @cache
@@ -175,8 +183,9 @@ def _dense_module(arithmetic: Arithmetic, width: int, tokens: int) -> ir.Module:
             word_at = builder.add(words, builder.mul(word, I64(4 * TILE_ROWS)))
             x_offset = builder.mul(word, I64(x_bytes_per_word))
             packed = [_load(builder, _offset(builder, word_at, 4 * LANES * i), I32x16) for i in range(VECTORS)]
-            for i in range(VECTORS):
-                _prefetch(builder, _offset(builder, word_at, PREFETCH_BYTES + 4 * LANES * i))
+            if width < 16:  # expanded words are in the cache already
+                for i in range(VECTORS):
+                    _prefetch(builder, _offset(builder, word_at, PREFETCH_BYTES + 4 * LANES * i))
             sums = dict(zip(sums_of_tile, totals, strict=True))
             for field in arithmetic.fields(width):
                 shifted = [builder.lshr(w, _constant(I32x16, field.shift)) for w in packed]
@@ -202,37 +211,40 @@ def _dense_module(arithmetic: Arithmetic, width: int, tokens: int) -> ir.Module:
 
 
 def _overflow_module(lanes: int) -> ir.Module:
-    """overflow(x, entries, offsets, rows, scales, scale_stride, group_shift, out), strides in bytes.
+    """overflow(x, entries, offsets, blocks, scales, scale_stride, group_shift, out), strides in bytes.
 
-    out[row, lane] = Σ over entries of the row of scale[column >> group_shift, row] · excess · x[column, lane].
-    x: float32 [columns, lanes]. entries: int32, column in the upper half and excess in the lower. offsets: int32.
+    out[row, lane] += Σ over entries of the tile of scale[column >> group_shift, row] · excess · x[column, lane].
+    x: float32 [columns, lanes]. entries, offsets: see `vllm_babai.cpu`; offsets from the first block of the tile on.
     """
     builder, arguments = _function(f"overflow_{lanes}", 8)
-    x, entries, offsets, rows, scales, scale_stride, group_shift, out = arguments
+    x, entries, offsets, blocks, scales, scale_stride, group_shift, out = arguments
     vector = ir.VectorType(F32, lanes)
 
-    def one_row(row: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
-        row_bytes = builder.mul(row, I64(4))
-        offset_at, scale_at = builder.add(offsets, row_bytes), builder.add(scales, row_bytes)
+    def one_block(block: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
+        offset_at = builder.add(offsets, builder.mul(block, I64(4)))
         first = builder.sext(_load(builder, offset_at, I32), I64)
         last = builder.sext(_load(builder, _offset(builder, offset_at, 4), I32), I64)
+        first_column = builder.mul(block, I64(BLOCK_COLUMNS))
 
-        def one_entry(k: ir.Value, totals: Sequence[ir.Value]) -> list[ir.Value]:
+        def one_entry(k: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
             entry_at = builder.add(entries, builder.mul(builder.add(first, k), I64(4)))
             entry = _load(builder, entry_at, I32)
-            column = builder.zext(builder.lshr(entry, I32(16)), I64)
-            excess = builder.sitofp(builder.ashr(builder.shl(entry, I32(16)), I32(16)), F32)
-            group = builder.lshr(column, group_shift)
-            scale = _load(builder, builder.add(scale_at, builder.mul(group, scale_stride)), F32)
+            excess = builder.sitofp(builder.ashr(entry, I32(16)), F32)
+            place = builder.zext(entry, I64)
+            row = builder.urem(place, I64(TILE_ROWS))
+            column = builder.add(first_column, builder.urem(builder.udiv(place, I64(TILE_ROWS)), I64(BLOCK_COLUMNS)))
+            scale_of_group = builder.add(scales, builder.mul(builder.lshr(column, group_shift), scale_stride))
+            scale = _load(builder, builder.add(scale_of_group, builder.mul(row, I64(4))), F32)
             activation = _load(builder, builder.add(x, builder.mul(column, I64(4 * lanes))), vector)
             factor = _splat(builder, builder.fmul(excess, scale), vector)
-            return [_fma(builder, factor, activation, totals[0])]
+            out_at = builder.add(out, builder.mul(row, I64(4 * lanes)))
+            _store(builder, _fma(builder, factor, activation, _load(builder, out_at, vector)), out_at)
+            return []
 
-        (total,) = _loop(builder, builder.sub(last, first), [_constant(vector, 0.0)], one_entry)
-        _store(builder, total, builder.add(out, builder.mul(row, I64(4 * lanes))))
+        _loop(builder, builder.sub(last, first), [], one_entry)
         return []
 
-    _loop(builder, rows, [], one_row)
+    _loop(builder, blocks, [], one_block)
     builder.ret_void()
     return builder.module
 
@@ -240,24 +252,61 @@ def _overflow_module(lanes: int) -> ir.Module:
 def _expand_module(width: int) -> ir.Module:
     """expand(words, count, pairs): fields of `width` bits → words of width 16, which hold two bfloat16 integers."""
     builder, (words, count, pairs) = _function(f"expand_{width}", 3)
-    arithmetic, fields = Float32(), 16 // width
+    fields = 16 // width
 
     def one_word(word: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
         word_at = builder.add(words, builder.mul(word, I64(4 * TILE_ROWS)))
         pairs_at = builder.add(pairs, builder.mul(word, I64(4 * TILE_ROWS * fields)))
         for i in range(VECTORS):
+            _prefetch(builder, _offset(builder, word_at, PREFETCH_BYTES + 4 * LANES * i))
+        for i in range(VECTORS):
             packed = _load(builder, _offset(builder, word_at, 4 * LANES * i), I32x16)
-            floats = []
-            for field in arithmetic.fields(width):
-                shifted = builder.lshr(packed, _constant(I32x16, field.shift))
-                floats.append(builder.bitcast(arithmetic.decode(builder, shifted, field, width), I32x16))
-            for p in range(fields):
-                low = builder.lshr(floats[2 * p], _constant(I32x16, 16))
-                pair = builder.or_(low, builder.and_(floats[2 * p + 1], _constant(I32x16, 0xFFFF0000)))
+            for p, pair in enumerate(_expand(builder, packed, width)):
                 _store(builder, pair, _offset(builder, pairs_at, 4 * (TILE_ROWS * p + LANES * i)))
         return []
 
     _loop(builder, count, [], one_word)
+    builder.ret_void()
+    return builder.module
+
+
+def _expand(builder: ir.IRBuilder, packed: ir.Value, width: int) -> list[ir.Value]:
+    """Pairs of bfloat16 integers from the fields of packed words: by table, or for 8 bits by conversion."""
+    if width < 8:
+        pairs = Bfloat16()
+        shifted = [(builder.lshr(packed, _constant(I32x16, field.shift)), field) for field in pairs.fields(width)]
+        return [pairs.decode(builder, word, field, width) for word, field in shifted]
+    floats = []
+    for field in Float32().fields(width):
+        value = Float32().decode(builder, builder.lshr(packed, _constant(I32x16, field.shift)), field, width)
+        floats.append(builder.bitcast(value, I32x16))
+    return [
+        builder.or_(builder.lshr(even, _constant(I32x16, 16)), builder.and_(odd, _constant(I32x16, 0xFFFF0000)))
+        for even, odd in zip(floats[::2], floats[1::2], strict=True)
+    ]
+
+
+def _insert_module() -> ir.Module:
+    """insert(entries, count, pairs): pairs of bfloat16 integers += the entries of their block, rounded to bfloat16."""
+    builder, (entries, count, pairs) = _function("insert", 3)
+
+    def one_entry(k: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
+        entry_at = builder.add(entries, builder.mul(k, I64(4)))
+        entry = _load(builder, entry_at, I32)
+        excess = builder.sitofp(builder.ashr(entry, I32(16)), F32)
+        place = builder.zext(entry, I64)
+        row = builder.urem(place, I64(TILE_ROWS))
+        column = builder.urem(builder.udiv(place, I64(TILE_ROWS)), I64(BLOCK_COLUMNS))
+        pair_at = builder.add(builder.mul(builder.udiv(column, I64(2)), I64(4 * TILE_ROWS)), builder.mul(row, I64(4)))
+        weight_at = builder.add(pairs, builder.add(pair_at, builder.mul(builder.urem(column, I64(2)), I64(2))))
+        dense = builder.shl(builder.zext(_load(builder, weight_at, I16), I32), I32(16))
+        total = builder.bitcast(builder.fadd(builder.bitcast(dense, F32), excess), I32)
+        odd = builder.and_(builder.lshr(total, I32(16)), I32(1))
+        rounded = builder.lshr(builder.add(builder.add(total, I32(0x7FFF)), odd), I32(16))
+        _store(builder, builder.trunc(rounded, I16), weight_at)
+        return []
+
+    _loop(builder, count, [], one_entry)
     builder.ret_void()
     return builder.module
 
@@ -347,7 +396,7 @@ def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
 
 
 def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=2)
 
 
 def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:

@@ -1,15 +1,16 @@
 """Loops over the tiles of a linear layer, spread over the processor's threads, around the compiled kernels."""
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 
-from vllm_babai.cpu_kernel import TILE_ROWS, TOKEN_BLOCKS
+from vllm_babai.cpu_kernel import BLOCK_COLUMNS, LANES, MOST_TOKENS, TILE_ROWS
 
 WORD_BYTES = 4 * TILE_ROWS  # of a tile, one word of each row
-TOKENS_AT_ONCE = 64  # their activations should stay in the cache; a multiple of the lanes of the overflow kernel
+TOKENS_AT_ONCE = 64  # decoding: their activations should stay in the cache; a multiple of LANES
+EXPANDED_TOKENS_AT_ONCE = 256  # expanding: their sums should stay in the cache
+PLACES = BLOCK_COLUMNS * TILE_ROWS - 1  # mask of an overflow entry's place in its block
 
 
 @intrinsic
@@ -36,8 +37,9 @@ def run_tiles(
     """
     tiles, words, _ = dense.shape
     _, columns, lanes = x_by_column.shape
-    groups, row_stride = scales.shape[0], 4 * scales.shape[1]
+    groups, scale_stride = scales.shape[0], 4 * scales.shape[1]
     all_tokens, out_features = y.shape
+    blocks = (len(offsets) - 1) // tiles
     for start in range(0, all_tokens, TOKENS_AT_ONCE):
         tokens = min(TOKENS_AT_ONCE, all_tokens - start)
         for tile in prange(tiles):
@@ -45,26 +47,87 @@ def run_tiles(
             rows = min(TILE_ROWS, out_features - first_row)
             words_at = dense.ctypes.data + tile * words * WORD_BYTES
             scales_at = scales.ctypes.data + first_row * 4
-            total = np.zeros((tokens, TILE_ROWS), np.float32)
-            token = 0
-            for i in range(len(TOKEN_BLOCKS)):
-                while tokens - token >= TOKEN_BLOCKS[i]:
-                    x_at = x + (start + token) * x_stride
-                    total_at = total.ctypes.data + token * WORD_BYTES
-                    strides = (x_stride, row_stride, WORD_BYTES)
-                    _call(dense_kernels[i], (x_at, words_at, scales_at, total_at, *strides, groups, words // groups))
-                    token += TOKEN_BLOCKS[i]
-            if offsets[first_row] < offsets[first_row + rows]:
-                sums = np.empty((TILE_ROWS, lanes), np.float32)
-                offsets_at = offsets.ctypes.data + first_row * 4
+            total = _zeros(tokens)
+            scaling = (scales_at, scale_stride, groups, words // groups)
+            _multiply(dense_kernels, x + start * x_stride, x_stride, words_at, scaling, total)
+            if offsets[tile * blocks] < offsets[(tile + 1) * blocks]:
+                offsets_at = offsets.ctypes.data + tile * blocks * 4
                 for token in range(0, tokens, lanes):
-                    block_at = x_by_column.ctypes.data + (start + token) * columns * 4
-                    scaling = (scales_at, row_stride, group_shift, sums.ctypes.data)
-                    _call(overflow_kernel, (block_at, entries.ctypes.data, offsets_at, rows, *scaling))
+                    sums = np.zeros((TILE_ROWS, lanes), np.float32)
+                    addresses = (x_by_column.ctypes.data + (start + token) * columns * 4, entries.ctypes.data)
+                    scaling = (scales_at, scale_stride, group_shift, sums.ctypes.data)
+                    _call(overflow_kernel, (*addresses, offsets_at, blocks, *scaling))
                     for lane in range(min(lanes, tokens - token)):
                         for row in range(rows):
                             total[token + lane, row] += sums[row, lane]
             _store(total[:, :rows], y[start : start + tokens, first_row : first_row + rows])
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def run_expanded_tiles(dense_kernels, expand_kernel, insert_kernel, fields, x, dense, scales, entries, offsets, y):
+    """y[token, row] = x Wᵀ for many tokens: expands a block to pairs of bfloat16 integers with the overflow in place.
+
+    fields: of one half of a word. x [blocks, tokens, BLOCK_COLUMNS] and y [tokens, rows]: bfloat16 as uint16.
+    """
+    tiles, words, _ = dense.shape
+    blocks, all_tokens, _ = x.shape
+    groups, scale_stride = scales.shape[0], 4 * scales.shape[1]
+    words_per_group, words_per_block = words // groups, BLOCK_COLUMNS // (2 * fields)
+    for start in range(0, all_tokens, EXPANDED_TOKENS_AT_ONCE):
+        tokens = min(EXPANDED_TOKENS_AT_ONCE, all_tokens - start)
+        for tile in prange(tiles):
+            first_row = tile * TILE_ROWS
+            rows = min(TILE_ROWS, y.shape[1] - first_row)
+            total = _zeros(tokens)
+            expanded = _zeros(BLOCK_COLUMNS // 2).view(np.uint16)
+            for block in range(blocks):
+                first_word = block * words_per_block
+                words_here = min(words_per_block, words - first_word)
+                words_at = dense.ctypes.data + (tile * words + first_word) * WORD_BYTES
+                _call(expand_kernel, (words_at, words_here, expanded.ctypes.data))
+                index = tile * blocks + block
+                first, last = offsets[index], offsets[index + 1]
+                _call(insert_kernel, (entries.ctypes.data + 4 * first, last - first, expanded.ctypes.data))
+                scales_at = scales.ctypes.data + first_word // words_per_group * scale_stride + first_row * 4
+                groups_here = max(1, words_here // words_per_group)
+                scaling = (scales_at, scale_stride, groups_here, words_here * fields // groups_here)
+                x_at = x.ctypes.data + (block * all_tokens + start) * 2 * BLOCK_COLUMNS
+                _multiply(dense_kernels, x_at, 2 * BLOCK_COLUMNS, expanded.ctypes.data, scaling, total)
+            _store(total[:, :rows], y[start : start + tokens, first_row : first_row + rows])
+
+
+@njit(nogil=True, cache=True)
+def tokens_in_lanes(x):
+    """x float32 [tokens, in] → [⌈tokens / lanes⌉, in, lanes], for up to LANES tokens the next power of two of lanes."""
+    tokens, columns = x.shape
+    lanes = 1
+    while lanes < min(tokens, LANES):
+        lanes *= 2
+    by_column = np.zeros((-(-tokens // lanes), columns, lanes), np.float32)
+    for token in range(tokens):
+        by_column[token // lanes, :, token % lanes] = x[token]
+    return by_column
+
+
+@njit(nogil=True, cache=True)
+def _zeros(count):
+    """float32 [count, TILE_ROWS], from the start of a cache line on: vectors that straddle two take twice as long."""
+    memory = np.zeros((count + 1) * TILE_ROWS, np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    return memory[start : start + count * TILE_ROWS].reshape(count, TILE_ROWS)
+
+
+@njit(nogil=True, cache=True)
+def _multiply(dense_kernels, x, x_stride, words, scaling, total):
+    """total[token, row] += x Wᵀ for one tile; scaling: address and stride of the scales, groups, words per group."""
+    scales, scale_stride, groups, words_per_group = scaling
+    tokens = len(total)
+    calls = -(-tokens // MOST_TOKENS)
+    for call in range(calls):
+        token, end = tokens * call // calls, tokens * (call + 1) // calls
+        addresses = (x + token * x_stride, words, scales, total.ctypes.data + token * WORD_BYTES)
+        strides = (x_stride, scale_stride, WORD_BYTES)
+        _call(dense_kernels[end - token - 1], (*addresses, *strides, groups, words_per_group))
 
 
 def _store(total, y):
@@ -94,67 +157,22 @@ def _bfloat16(value):
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def run_expanded_tiles(dense_kernels, expand_kernel, fields, x, x_stride, dense, scales, entries, offsets, buffers, y):
-    """y[token, row] += x Wᵀ for many tokens: expands a tile to pairs of bfloat16 integers with the overflow in place.
+def dequantize_tiles(kernel, dense, scales, entries, offsets, group_shift, weight):
+    """weight[column, row] = W in float32.
 
-    fields: of one half of a word. x: address of bfloat16 [tokens, in]. buffers: uint32 [threads, pairs, 64].
+    offsets: of these tiles and one more.
     """
     tiles, words, _ = dense.shape
-    groups, row_stride = scales.shape[0], 4 * scales.shape[1]
-    words_per_group = words // groups
-    tokens = y.shape[0]
-    at_once = min(buffers.shape[1] // fields, words_per_group)
-    for tile in prange(tiles):
-        first_row = tile * TILE_ROWS
-        rows = max(0, min(TILE_ROWS, len(offsets) - 1 - first_row))
-        cursors = offsets[first_row : first_row + rows].copy()
-        pairs = buffers[numba.get_thread_id()]
-        words_at = dense.ctypes.data + tile * words * WORD_BYTES
-        for group in range(groups):
-            scales_at = scales.ctypes.data + group * row_stride + first_row * 4
-            for start in range(group * words_per_group, (group + 1) * words_per_group, at_once):
-                count = min(at_once, (group + 1) * words_per_group - start)
-                _call(expand_kernel, (words_at + start * WORD_BYTES, count, pairs.ctypes.data))
-                _add_overflow(pairs, cursors, offsets[first_row + 1 :], entries, 2 * fields * start, 2 * fields * count)
-                token = 0
-                for i in range(len(TOKEN_BLOCKS)):
-                    while tokens - token >= TOKEN_BLOCKS[i]:
-                        x_at = x + token * x_stride + 4 * fields * start
-                        y_at = y.ctypes.data + token * row_stride + first_row * 4
-                        strides = (x_stride, row_stride, row_stride)
-                        _call(dense_kernels[i], (x_at, pairs.ctypes.data, scales_at, y_at, *strides, 1, fields * count))
-                        token += TOKEN_BLOCKS[i]
-
-
-@njit(nogil=True, cache=True)
-def _add_overflow(pairs, cursors, ends, entries, first_column, columns):
-    """Add the entries from `cursors` on that lie in these columns to the expanded integers; moves the cursors."""
-    for row in range(len(cursors)):
-        entry = cursors[row]
-        while entry < ends[row]:
-            column = ((entries[entry] >> 16) & 0xFFFF) - first_column
-            if column >= columns:
-                break
-            shift = np.uint32(16 * (column & 1))
-            pair = pairs[column >> 1, row]
-            dense = np.uint32(((pair >> shift) & np.uint32(0xFFFF)) << np.uint32(16)).view(np.float32)
-            rounded = np.uint32(_bfloat16(dense + np.int16(entries[entry])))
-            kept = pair & ~np.uint32(np.uint32(0xFFFF) << shift)
-            pairs[column >> 1, row] = np.uint32(kept | np.uint32(rounded << shift))
-            entry += 1
-        cursors[row] = entry
-
-
-@njit(parallel=True, nogil=True, cache=True)
-def dequantize_tiles(kernel, dense, scales, entries, offsets, group_shift, weight):
-    tiles, words, _ = dense.shape
     groups, row_stride, weight_stride = scales.shape[0], scales.strides[0], weight.strides[0]
+    blocks = (len(offsets) - 1) // tiles
     for tile in prange(tiles):
         first_row = tile * TILE_ROWS
         words_at = dense.ctypes.data + tile * words * WORD_BYTES
         addresses = (words_at, scales.ctypes.data + first_row * 4, weight.ctypes.data + first_row * 4)
         _call(kernel, (*addresses, row_stride, weight_stride, groups, words // groups))
-        for row in range(first_row, min(first_row + TILE_ROWS, len(offsets) - 1)):
-            for i in range(offsets[row], offsets[row + 1]):
-                column = (entries[i] >> 16) & 0xFFFF
-                weight[column, row] += np.int16(entries[i]) * scales[column >> group_shift, row]
+        for block in range(blocks):
+            for i in range(offsets[tile * blocks + block], offsets[tile * blocks + block + 1]):
+                place = entries[i] & PLACES
+                row = first_row + place % TILE_ROWS
+                column = block * BLOCK_COLUMNS + place // TILE_ROWS
+                weight[column, row] += (entries[i] >> 16) * scales[column >> group_shift, row]

@@ -1,4 +1,4 @@
-"""Speed of one linear layer on the CPU: `python tests/benchmarks/cpu_matmul.py [--threads N] [--json FILE]`.
+"""Speed of one linear layer on the CPU: `python tests/benchmarks/cpu_matmul.py [--help]`.
 
 Times `babai::matmul` with 1% overflow at 2, 3, 4 and 8 bits against a bfloat16 matmul, vLLM's own 4-bit kernel
 (`cpu_gemm_wna16`) and PyTorch's (`_weight_int4pack_mm_for_cpu`), all with bfloat16 activations, alternating in one run;
@@ -27,18 +27,18 @@ from vllm_babai.format import BIT_WIDTHS, SSQR, LatticeWeight, decode_overflow, 
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # out, in
 OVERFLOW = 0.01
-GROUP_SIZE = 128  # of the peers; babai has one scale per row
+GROUP_SIZE = 128  # of the peers
 SECONDS = 0.2  # per kernel, at least three rounds
 
 Kernel = Callable[[Tensor], Tensor]
 
 
-def random_weight(out_features: int, in_features: int, bits: int) -> LatticeWeight:
+def random_weight(out_features: int, in_features: int, bits: int, groups: int) -> LatticeWeight:
     low, high = integer_range(bits)
     integers = torch.randint(low, high + 1, (out_features, in_features), dtype=torch.int16)
     over = torch.rand(integers.shape) < OVERFLOW
     integers[over] = torch.where(integers[over] < 0, low - 1, high + 1).short()
-    return LatticeWeight(integers, (torch.rand(out_features, 1) + 0.5).bfloat16())
+    return LatticeWeight(integers, (torch.rand(out_features, groups) + 0.5).bfloat16())
 
 
 def babai_kernel(weight: LatticeWeight, bits: int) -> Kernel:
@@ -55,22 +55,27 @@ def vllm_kernel(fields: Tensor, scales: Tensor) -> Kernel:
     in_features = fields.shape[1]
     packed = pack_quantized_values_into_int32(fields.t().contiguous(), scalar_types.uint4b8, 1)
     blocks = packed.view(in_features, -1, 2).permute(1, 0, 2).reshape(-1, in_features * 2).contiguous()
-    group_scales = scales.t().expand(in_features // GROUP_SIZE, -1).contiguous()
+    group_scales = _scales_of_peers(scales, in_features).contiguous()
     return lambda x: vllm_ops.cpu_gemm_wna16(x, blocks, group_scales, None, None, 8, "vec")
 
 
 def torch_kernel(fields: Tensor, scales: Tensor) -> Kernel:
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(fields, 2)
-    group_scales = scales.t().expand(fields.shape[1] // GROUP_SIZE, -1)
+    group_scales = _scales_of_peers(scales, fields.shape[1])
     scales_and_zeros = torch.stack([group_scales, torch.zeros_like(group_scales)], -1).contiguous()
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP_SIZE, scales_and_zeros)
 
 
-def kernels_for(out_features: int, in_features: int) -> dict[str, tuple[Kernel, Tensor]]:
+def _scales_of_peers(scales: Tensor, in_features: int) -> Tensor:
+    """Scales [out, groups], of one group or of GROUP_SIZE → [in / GROUP_SIZE, out]."""
+    return scales.t().expand(in_features // GROUP_SIZE, -1)
+
+
+def kernels_for(out_features: int, in_features: int, groups: int) -> dict[str, tuple[Kernel, Tensor]]:
     """Name → kernel and the float32 weight that it stands for."""
     kernels = {}
     for bits in BIT_WIDTHS:
-        weight = random_weight(out_features, in_features, bits)
+        weight = random_weight(out_features, in_features, bits, groups)
         kernels[f"babai {bits}"] = babai_kernel(weight, bits), weight.dequantize()
         if bits == 4:
             fields = weight.integers.clamp(-8, 7)
@@ -108,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024])
+    parser.add_argument("--group-size", type=int, choices=(-1, GROUP_SIZE), default=-1, help="of babai; -1: a row")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -119,14 +125,15 @@ def main() -> None:
     for heading in ("out × in", "tokens", *names):
         table.add_column(heading, justify="right")
     for out_features, in_features in SHAPES:
-        kernels = kernels_for(out_features, in_features)
+        groups = 1 if options.group_size == -1 else in_features // options.group_size
+        kernels = kernels_for(out_features, in_features, groups)
         check(kernels, in_features)
         for tokens in options.tokens:
             times = shortest_times(kernels, torch.randn(tokens, in_features, dtype=torch.bfloat16), clock)
             cells = [f"{times[name]:.2f} ({times['bf16'] / times[name]:.2f}×)" for name in names]
             table.add_row(f"{out_features} × {in_features}", str(tokens), *cells)
             results.append({"shape": [out_features, in_features], "tokens": tokens, "milliseconds": times})
-    Console().print(table)
+    Console(width=140).print(table)
     if options.json:
         options.json.write_text(json.dumps({"threads": options.threads, "results": results}, indent=1))
 

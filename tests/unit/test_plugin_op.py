@@ -51,7 +51,7 @@ def assert_close_to_exact(y: Tensor, x: Tensor, weight: LatticeWeight) -> None:
     assert (y.double() - exact).norm() <= 1.5 * (peer - exact).norm() + 1e-6 * exact.norm()
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 17, 70])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 12, 17, 70])
 @pytest.mark.parametrize("group_size", [-1, 32])
 @pytest.mark.parametrize("bits", BITS)
 def test_matches_float64(bits: int, group_size: int, tokens: int) -> None:
@@ -91,7 +91,7 @@ def test_any_shape(
 
 
 @pytest.mark.parametrize("amx", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("group_size", [-1, 32])
 @pytest.mark.parametrize("bits", BITS)
 def test_many_tokens(
@@ -104,13 +104,26 @@ def test_many_tokens(
     assert_close_to_exact(multiply(x, weight, bits), x, weight)
 
 
+@pytest.mark.parametrize("group_size", [-1, 16, 64, 256])
 @pytest.mark.parametrize("bits", BITS)
-def test_tiles_are_expanded_in_pieces(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_and_blocks_of_columns(bits: int, group_size: int) -> None:
+    """Groups smaller and larger than a block, and a last block that is not full."""
     torch.manual_seed(0)
-    monkeypatch.setattr(cpu, "EXPAND_PAIRS", 24)
-    weight = random_weight(70, 148, bits)
-    x = torch.randn(24, 148, dtype=torch.bfloat16)
-    assert_close_to_exact(multiply(x, weight, bits), x, weight)
+    weight = random_weight(70, 330 if group_size == -1 else 768 - group_size, bits, group_size)
+    for tokens in (1, cpu.EXPAND_TOKENS[bits], 300):
+        x = torch.randn(tokens, weight.integers.shape[1], dtype=torch.bfloat16)
+        assert_close_to_exact(multiply(x, weight, bits), x, weight)
+
+
+@pytest.mark.skipif(not has_bfloat16(), reason="needs AVX512-BF16")
+@pytest.mark.parametrize("bits", BITS)
+def test_expanded_tiles_hold_the_lattice_point(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tokens: integers rounded to bfloat16, overflow included, then scaled and rounded."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    weight = random_weight(70, 300, bits, rate=0.1)
+    expected = weight.integers.bfloat16().float() * weight.scales.float()
+    y = multiply(torch.eye(300, dtype=torch.bfloat16), weight, bits)
+    assert torch.equal(y.t(), expected.bfloat16())
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -137,7 +150,7 @@ def test_one_token_need_not_be_contiguous(dtype: torch.dtype) -> None:
 def test_both_arithmetics_agree(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight = random_weight(64, 128, bits, 32)
-    x = torch.randn(9, 128, dtype=torch.bfloat16)
+    x = torch.randn(min(cpu.EXPAND_TOKENS.values()) - 1, 128, dtype=torch.bfloat16)
     with_pairs = multiply(x, weight, bits)
     monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
     torch.testing.assert_close(multiply(x, weight, bits), with_pairs)
@@ -179,10 +192,11 @@ def test_thread_count_of_torch_stays() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
 
 
-def test_too_many_columns_are_refused() -> None:
-    stored = SSQR.encode(random_weight(1, 16, 4), 4)
-    with pytest.raises(ValueError, match="65536 input features"):
-        ops.device_layout(stored.qweight, stored.scales, decode_overflow(stored.overflow), 4, 1 << 17, CPU)
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_columns_beyond_16_bits(tokens: int) -> None:
+    weight = random_weight(3, (1 << 16) + 70, 4)
+    x = torch.randn(tokens, weight.integers.shape[1], dtype=torch.bfloat16)
+    assert_close_to_exact(multiply(x, weight, 4), x, weight)
 
 
 def test_odd_groups_are_refused() -> None:
