@@ -1,8 +1,8 @@
 """GPU backend of `babai::coded_matmul`: few tokens are multiplied while the weight is decoded, many after it is.
 
-The fused kernel gives a tile of the code to a warp, as the decoder does. Lanes decode neighbouring columns; each sums
-its own products, and the lanes are added up at the end of a row. Tiles side by side write partial sums that PyTorch
-adds in a fixed order: no atomics, the same result every time.
+The fused kernel gives a segment of the code to a warp, as the decoder does. Lanes decode neighbouring columns; each
+sums its own products, and the lanes are added up at the end of a row. Segments side by side write partial sums that
+PyTorch adds in a fixed order: no atomics, the same result every time.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_babai.coded import CodedTensors, multiply_decoded
 from vllm_babai.triton_kernels.configs import Target
-from vllm_babai.triton_kernels.entropy import decode, decode_step, first_state
+from vllm_babai.triton_kernels.entropy import WARP, decode, decode_step, load_segment
 
 MAX_TOKENS = 4  # of the fused kernel: what a lane loads at once
 
@@ -27,14 +27,14 @@ def multiply_coded(x: Tensor, coded: CodedTensors) -> Tensor:
 
 def _multiply_fused(x: Tensor, coded: CodedTensors) -> Tensor:
     """x [m ≤ MAX_TOKENS, columns] → fp32 [m, rows]."""
-    rows, columns = len(coded.row_class), len(coded.column_class)
-    tokens = triton.next_power_of_2(len(x))
+    rows, columns = len(coded.row_class), x.shape[1]
+    tokens, groups = triton.next_power_of_2(len(x)), coded.scales.shape[1]
     by_column = torch.nn.functional.pad(x.float(), (0, 0, 0, tokens - len(x))).t().contiguous()
-    partial = torch.empty(triton.cdiv(columns, coded.tile_columns), rows, tokens, dtype=torch.float32, device=x.device)
-    scale_rows, groups = coded.scales.shape
-    multiply_kernel[(len(coded.ends),)](
+    partial = torch.zeros(coded.across, rows, tokens, dtype=torch.float32, device=x.device)
+    multiply_kernel[(len(coded.segments),)](
         coded.words,
-        coded.ends,
+        coded.segments,
+        coded.states,
         coded.row_class,
         coded.column_class,
         coded.table,
@@ -43,13 +43,8 @@ def _multiply_fused(x: Tensor, coded: CodedTensors) -> Tensor:
         partial,
         rows,
         columns,
-        coded.tile_rows,
-        coded.tile_columns,
-        groups if scale_rows > 1 else 0,
+        groups,
         columns // groups,
-        coded.offset,
-        SHIFT=coded.shift,
-        LANES=coded.lanes,
         TOKENS=tokens,
         GROUPED=groups > 1,
         BACKEND=Target.of(x.device).backend,
@@ -58,56 +53,47 @@ def _multiply_fused(x: Tensor, coded: CodedTensors) -> Tensor:
     return partial.sum(0)[:, : len(x)].t()
 
 
-@triton.jit(do_not_specialize=["scale_stride", "group_size", "offset"])
+@triton.jit(do_not_specialize=["groups", "group_size"])
 def multiply_kernel(
     words_ptr,
-    ends_ptr,
+    segments_ptr,
+    states_ptr,
     row_class_ptr,
     column_class_ptr,
     table_ptr,
     scales_ptr,
     x_ptr,  # [columns, TOKENS]
-    partial_ptr,  # [tiles across, rows, TOKENS]
-    rows,
+    partial_ptr,  # [segments side by side, rows, TOKENS]
+    all_rows,
     columns,
-    tile_rows,
-    tile_columns,
-    scale_stride,
+    groups,
     group_size,
-    offset,
-    SHIFT: tl.constexpr,
-    LANES: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUPED: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
-    """Decode one tile and multiply it with its columns of x."""
-    tile = tl.program_id(0)
-    across = tl.cdiv(columns, tile_columns)
-    row_start = tile // across * tile_rows
-    column_start = tile % across * tile_columns
-    row_stop = tl.minimum(row_start + tile_rows, rows)
-    column_stop = tl.minimum(column_start + tile_columns, columns)
-    lane = tl.arange(0, LANES)
+    """Decode one segment and multiply it with its columns of x."""
+    stream, state, rows, tile, code = load_segment(words_ptr, segments_ptr, states_ptr, tl.program_id(0))
+    lane = tl.arange(0, WARP)
     token = tl.arange(0, TOKENS)
-    stream = words_ptr + tl.load(ends_ptr + tile - 1, mask=tile > 0, other=0)
-    state, position = first_state(stream, lane, LANES)
-    for row in range(row_start, row_stop):
+    position = tl.zeros_like(lane)
+    for row in range(rows[0], rows[1]):
         row_class = tl.load(row_class_ptr + row).to(tl.int32)
-        total = tl.zeros((LANES, TOKENS), tl.float32)
-        for start in range(column_start, column_stop, LANES):
-            column = start + lane
-            inside = column < column_stop
-            context = row_class + tl.load(column_class_ptr + column, mask=inside, other=0).to(tl.int32)
+        total = tl.zeros((WARP, TOKENS), tl.float32)
+        for start in range(0, tile[1], code[0]):
+            inside = lane < tl.minimum(tile[1] - start, code[0])
+            context = row_class + tl.load(column_class_ptr + tile[2] + start + lane, mask=inside, other=0).to(tl.int32)
             integer, state, position = decode_step(
-                stream, state, position, table_ptr, context, inside, lane, offset, SHIFT, LANES, BACKEND
+                stream, state, position, table_ptr, context, inside, lane, code, BACKEND
             )
+            column = tile[0] + start + lane
+            held = inside & (column >= 0) & (column < columns)
             value = integer.to(tl.float32)
             if GROUPED:
-                value *= tl.load(scales_ptr + row * scale_stride + column // group_size, mask=inside, other=0.0)
-            x = tl.load(x_ptr + column[:, None] * TOKENS + token[None, :], mask=inside[:, None], other=0.0)
+                value *= tl.load(scales_ptr + row * groups + column // group_size, mask=held, other=0.0)
+            x = tl.load(x_ptr + column[:, None] * TOKENS + token[None, :], mask=held[:, None], other=0.0)
             total += value[:, None] * x
         y = tl.sum(total, 0)
         if not GROUPED:
-            y *= tl.load(scales_ptr + row * scale_stride)
-        tl.store(partial_ptr + (tile % across * rows + row) * TOKENS + token, y)
+            y *= tl.load(scales_ptr + row * groups)
+        tl.store(partial_ptr + (tile[3] * all_rows + row) * TOKENS + token, y)

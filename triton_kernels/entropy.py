@@ -1,6 +1,6 @@
-"""Decode HPTQ's rANS streams on a GPU: one warp per tile, one lane of the code per thread.
+"""Decode HPTQ's rANS streams on a GPU: one warp per segment, one lane of the code per thread.
 
-See `vllm_babai.format.rans` for the code. Lanes that take words from the tile's stream in the same step find theirs by
+See `vllm_babai.format.rans` for the code. Lanes that take words from the stream in the same step find theirs by
 counting the lanes before them: a vote and a population count on NVIDIA, a prefix sum elsewhere.
 """
 
@@ -18,135 +18,121 @@ _PRECISION = tl.constexpr(PRECISION)
 _FIELD = tl.constexpr((1 << PRECISION) - 1)
 _CENTRE = tl.constexpr(CENTRE)
 _ESCAPE = tl.constexpr(ESCAPE)
-_WARP = tl.constexpr(32)
+WARP = tl.constexpr(32)
 
 
 def decode(coded: CodedTensors, out: Tensor) -> Tensor:
     """Decode into `out` [rows, columns], contiguous, and return it: int16 integers, or S ∘ Z in a floating type."""
-    rows, columns = len(coded.row_class), len(coded.column_class)
-    if out.shape != (rows, columns) or not out.is_contiguous():
-        raise ValueError(f"need a contiguous workspace of {rows} × {columns}, got {tuple(out.shape)}")
+    rows, columns = out.shape
+    if rows != len(coded.row_class) or not out.is_contiguous():
+        raise ValueError(f"need a contiguous workspace of {len(coded.row_class)} rows, got {tuple(out.shape)}")
     if out.dtype != torch.int16 and not out.is_floating_point():
         raise TypeError(f"can decode to int16 or to a floating type, not to {out.dtype}")
-    if len(coded.ends):
-        scale_rows, groups = coded.scales.shape
-        decode_kernel[(len(coded.ends),)](
-            coded.words,
-            coded.ends,
-            coded.row_class,
-            coded.column_class,
-            coded.table,
-            coded.scales,
-            out,
-            rows,
-            columns,
-            coded.tile_rows,
-            coded.tile_columns,
-            groups if scale_rows > 1 else 0,
-            columns // groups,
-            coded.offset,
-            SHIFT=coded.shift,
-            LANES=coded.lanes,
-            DEQUANTIZE=out.is_floating_point(),
-            GROUPED=groups > 1,
-            BACKEND=Target.of(out.device).backend,
-            num_warps=1,
-        )
+    groups = coded.scales.shape[1]
+    decode_kernel[(len(coded.segments),)](
+        coded.words,
+        coded.segments,
+        coded.states,
+        coded.row_class,
+        coded.column_class,
+        coded.table,
+        coded.scales,
+        out,
+        columns,
+        groups,
+        columns // groups,
+        DEQUANTIZE=out.is_floating_point(),
+        GROUPED=groups > 1,
+        BACKEND=Target.of(out.device).backend,
+        num_warps=1,
+    )
     return out
 
 
-@triton.jit(do_not_specialize=["scale_stride", "group_size", "offset"])
+@triton.jit(do_not_specialize=["groups", "group_size"])
 def decode_kernel(
     words_ptr,
-    ends_ptr,
+    segments_ptr,
+    states_ptr,
     row_class_ptr,
     column_class_ptr,
     table_ptr,
     scales_ptr,
     out_ptr,  # [rows, columns]
-    rows,
     columns,
-    tile_rows,
-    tile_columns,
-    scale_stride,
+    groups,
     group_size,
-    offset,
-    SHIFT: tl.constexpr,
-    LANES: tl.constexpr,
     DEQUANTIZE: tl.constexpr,
     GROUPED: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
-    """Decode one tile."""
-    tile = tl.program_id(0)
-    across = tl.cdiv(columns, tile_columns)
-    row_start = tile // across * tile_rows
-    column_start = tile % across * tile_columns
-    row_stop = tl.minimum(row_start + tile_rows, rows)
-    column_stop = tl.minimum(column_start + tile_columns, columns)
-    lane = tl.arange(0, LANES)
-    stream = words_ptr + tl.load(ends_ptr + tile - 1, mask=tile > 0, other=0)
-    state, position = first_state(stream, lane, LANES)
-    out_row = out_ptr + row_start.to(tl.int64) * columns
-    for row in range(row_start, row_stop):
+    """Decode one segment."""
+    stream, state, rows, tile, code = load_segment(words_ptr, segments_ptr, states_ptr, tl.program_id(0))
+    lane = tl.arange(0, WARP)
+    position = tl.zeros_like(lane)
+    out_row = out_ptr + rows[0].to(tl.int64) * columns
+    for row in range(rows[0], rows[1]):
         row_class = tl.load(row_class_ptr + row).to(tl.int32)
-        scale = tl.load(scales_ptr + row * scale_stride)
-        for start in range(column_start, column_stop, LANES):
-            column = start + lane
-            inside = column < column_stop
-            context = row_class + tl.load(column_class_ptr + column, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(scales_ptr + row * groups)
+        for start in range(0, tile[1], code[0]):
+            inside = lane < tl.minimum(tile[1] - start, code[0])
+            context = row_class + tl.load(column_class_ptr + tile[2] + start + lane, mask=inside, other=0).to(tl.int32)
             integer, state, position = decode_step(
-                stream, state, position, table_ptr, context, inside, lane, offset, SHIFT, LANES, BACKEND
+                stream, state, position, table_ptr, context, inside, lane, code, BACKEND
             )
+            column = tile[0] + start + lane
+            held = inside & (column >= 0) & (column < columns)
             if DEQUANTIZE:
                 if GROUPED:
-                    group = column // group_size
-                    scale = tl.load(scales_ptr + row * scale_stride + group, mask=inside, other=0)
+                    scale = tl.load(scales_ptr + row * groups + column // group_size, mask=held, other=0)
                 value = round_to(integer.to(tl.float32) * scale, out_ptr.dtype.element_ty, BACKEND)
-                tl.store(out_row + column, value, mask=inside)
+                tl.store(out_row + column, value, mask=held)
             else:
-                tl.store(out_row + column, integer.to(tl.int16), mask=inside)
+                tl.store(out_row + column, integer.to(tl.int16), mask=held)
         out_row += columns
 
 
 @triton.jit
-def first_state(stream, lane, LANES: tl.constexpr):
-    """State of every lane, uint32, and position in the stream, int32 and the same in every lane."""
-    state = load_word(stream + 2 * lane, lane >= 0) | load_word(stream + 2 * lane + 1, lane >= 0) << 16
-    return state, tl.full((LANES,), 2 * LANES, tl.int32)
+def load_segment(words_ptr, segments_ptr, states_ptr, index):
+    """A segment, see `vllm_babai.format.segments`.
+
+    Its stream; state of every lane, uint32; (first row, row behind the last); (first column, columns, where the first
+    one's class is, segments to the left); (lanes, shift, integer of symbol 0).
+    """
+    field = segments_ptr + index.to(tl.int64) * 10
+    stream = words_ptr + tl.load(field)
+    state = tl.load(states_ptr + index.to(tl.int64) * WARP + tl.arange(0, WARP)).to(tl.uint32, bitcast=True)
+    row = tl.load(field + 1)
+    rows = (row, row + tl.load(field + 2))
+    tile = (tl.load(field + 3), tl.load(field + 4), tl.load(field + 5), tl.load(field + 6))
+    shift = tl.load(field + 8)
+    code = (tl.load(field + 7), shift, tl.load(field + 9) - (_CENTRE << shift))
+    return stream, state, rows, tile, code
 
 
 @triton.jit
-def decode_step(
-    stream,
-    state,
-    position,
-    table_ptr,
-    context,
-    inside,
-    lane,
-    offset,
-    SHIFT: tl.constexpr,
-    LANES: tl.constexpr,
-    BACKEND: tl.constexpr,
-):
-    """Decode one integer in every lane that is inside: the integers, int32, and the new states and position."""
-    slot = ((state >> SHIFT) & _FIELD).to(tl.int32)
+def decode_step(stream, state, position, table_ptr, context, inside, lane, code, BACKEND: tl.constexpr):
+    """Decode one integer in every lane that is inside: the integers, int32, and the new states and position.
+
+    code: see `load_segment`.
+    """
+    shift = code[1]
+    slot = ((state >> shift) & _FIELD).to(tl.int32)
     entry = tl.load(table_ptr + (context << _PRECISION) + slot).to(tl.uint32, bitcast=True)
     symbol = (entry >> 24).to(tl.int32)
-    low = (state & ((1 << SHIFT) - 1)).to(tl.int32)
-    left = ((entry & _FIELD) + 1) * (state >> (_PRECISION + SHIFT))
+    low = state.to(tl.int32, bitcast=True) & ((1 << shift) - 1)
+    left = ((entry & _FIELD) + 1) * (state >> (_PRECISION + shift))
     left += (entry >> _PRECISION) & _FIELD
 
     needs_word = inside & (left < 65536)
     escapes = inside & (symbol == _ESCAPE)
-    words_before, words_taken = count_lanes(needs_word, lane, LANES, BACKEND)
-    escapes_before, escapes_taken = count_lanes(escapes, lane, LANES, BACKEND)
+    words_before, words_taken = count_lanes(needs_word, lane, BACKEND)
+    escapes_before, escapes_taken = count_lanes(escapes, lane, BACKEND)
     at = stream + position + words_before + escapes_before
     refilled = left << 16 | load_word(at, needs_word)
     literal = load_word(at + needs_word.to(tl.int32), escapes).to(tl.int16).to(tl.int32)
     state = tl.where(inside, tl.where(needs_word, refilled, left), state)
-    integer = tl.where(escapes, literal, ((symbol - _CENTRE) << SHIFT) + low + offset)
+    integer = tl.where(escapes, literal, (symbol << shift) + low + code[2])
     return integer, state, position + words_taken + escapes_taken
 
 
@@ -157,9 +143,9 @@ def load_word(pointer, mask):
 
 
 @triton.jit
-def count_lanes(flag, lane, LANES: tl.constexpr, BACKEND: tl.constexpr):
-    """How many lanes before each have the flag set, and how many of all: two int32 [LANES]."""
-    if BACKEND == "cuda" and LANES == _WARP:  # lane and thread are the same
+def count_lanes(flag, lane, BACKEND: tl.constexpr):
+    """How many lanes before each have the flag set, and how many of all: two int32 [32]."""
+    if BACKEND == "cuda":  # lane and thread are the same
         flags = tl.inline_asm_elementwise(
             "{ .reg .pred flag; setp.ne.s32 flag, $1, 0; vote.sync.ballot.b32 $0, flag, 0xffffffff; }",
             "=r,r",
@@ -168,7 +154,7 @@ def count_lanes(flag, lane, LANES: tl.constexpr, BACKEND: tl.constexpr):
             is_pure=False,
             pack=1,
         )
-        below = tl.full((LANES,), 1, tl.int32) << lane
+        below = tl.full((WARP,), 1, tl.int32) << lane
         return population(flags & (below - 1)), population(flags)
     one = flag.to(tl.int32)
     return tl.cumsum(one, 0) - one, tl.sum(one, 0) + tl.zeros_like(one)

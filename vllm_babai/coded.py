@@ -12,58 +12,45 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_babai.format import LatticeWeight
-from vllm_babai.format.hptq import Coded, encode_integers, read_blob
-from vllm_babai.format.tables import decoder_table
+from vllm_babai.format.hptq import MAX_LANES
+from vllm_babai.format.segments import Segments
 from vllm_babai.ops import library
 
-TILE_WEIGHTS = 1 << 15  # a tile is a warp's: thousands in a large matrix, at 0.02 bit per weight
 BACKENDS = {"cpu": "vllm_babai.cpu_entropy", "cuda": "vllm_babai.triton_kernels.coded"}
 
 
 class CodedTensors(NamedTuple):
-    """The streams of one linear layer in device memory.
+    """The streams of one linear layer in device memory, see `format.segments`.
 
-    words: int16 [words]. ends: int64 [tiles], where each tile's stream ends. row_class: uint8 [rows], column_class:
-    uint8 [columns], their sum is the context. table: int32 [contexts · 2^PRECISION], see `tables.decoder_table`.
-    scales: fp32 [1 or rows, groups]. The integers are the fields of `hptq.Shape` and `model.Model`.
+    words: int16 [words], with room behind. segments: int32 [segments, 10]. states: int32 [segments, MAX_LANES].
+    row_class: int16 [rows], column_class: uint8 [classes]. table: int32 [contexts · 2^PRECISION].
+    scales: fp32 [rows, groups]. across: most segments side by side.
     """
 
     words: Tensor
-    ends: Tensor
+    segments: Tensor
+    states: Tensor
     row_class: Tensor
     column_class: Tensor
     table: Tensor
     scales: Tensor
-    tile_rows: int
-    tile_columns: int
-    lanes: int
-    offset: int
-    shift: int
+    across: int
 
 
-def coded_tensors(coded: Coded, scales: Tensor, device: torch.device) -> CodedTensors:
-    """A blob that `read_blob` has checked, and its layer's scales, bfloat16 [1 or rows, groups], on a device."""
-    shape, model = coded.shape, coded.model
+def coded_tensors(segments: Segments, scales: Tensor, device: torch.device) -> CodedTensors:
+    """Segments of a layer, and its scales, bfloat16 [rows, groups], on a device."""
+    from vllm_babai.format.rans import padded
+
     return CodedTensors(
-        torch.from_numpy(coded.words.view("int16")).to(device),
-        torch.from_numpy(coded.ends).to(device),
-        torch.from_numpy(model.classes.rows.astype("uint8")).to(device),
-        torch.from_numpy(model.classes.columns.astype("uint8")).to(device),
-        torch.from_numpy(decoder_table(model.frequencies).view("int32")).to(device),
+        torch.from_numpy(padded(segments.words, MAX_LANES).view("int16")).to(device),
+        torch.from_numpy(segments.table).to(device),
+        torch.from_numpy(segments.states.view("int32")).to(device),
+        torch.from_numpy(segments.row_class.astype("int16")).to(device),
+        torch.from_numpy(segments.column_class.astype("uint8")).to(device),
+        torch.from_numpy(segments.lut.view("int32")).to(device),
         scales.to(device, torch.float32),
-        shape.tile_rows,
-        shape.tile_columns,
-        shape.lanes,
-        model.offset,
-        model.shift,
+        segments.across,
     )
-
-
-def code(weight: LatticeWeight, device: torch.device) -> CodedTensors:
-    """The part of a layer that a rank holds, as one matrix, on a device."""
-    blob = encode_integers(weight.integers, scales_crc=0, tile_weights=TILE_WEIGHTS)
-    return coded_tensors(read_blob(blob), weight.scales, device)
 
 
 def multiply_decoded(x: Tensor, coded: CodedTensors, decode: Callable[[CodedTensors, Tensor], Tensor]) -> Tensor:
@@ -74,7 +61,7 @@ def multiply_decoded(x: Tensor, coded: CodedTensors, decode: Callable[[CodedTens
     """
     # fp16 has no room for small scales times large integers
     compute = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
-    workspace = torch.empty(len(coded.row_class), len(coded.column_class), dtype=compute, device=x.device)
+    workspace = torch.empty(len(coded.row_class), x.shape[-1], dtype=compute, device=x.device)
     return torch.nn.functional.linear(x.to(compute), decode(coded, workspace)).to(x.dtype)
 
 
@@ -90,8 +77,8 @@ def backend(device_type: str) -> ModuleType:
 
 
 library.define(
-    "coded_matmul(Tensor x, Tensor words, Tensor ends, Tensor row_class, Tensor column_class, Tensor table,"
-    " Tensor scales, int tile_rows, int tile_columns, int lanes, int offset, int shift) -> Tensor"
+    "coded_matmul(Tensor x, Tensor words, Tensor segments, Tensor states, Tensor row_class, Tensor column_class,"
+    " Tensor table, Tensor scales, int across) -> Tensor"
 )
 
 

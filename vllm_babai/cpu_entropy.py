@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from vllm_babai.coded import CodedTensors, multiply_decoded
-from vllm_babai.format.hptq import Shape
 from vllm_babai.format.parallel import parallel_map
-from vllm_babai.format.rans import decode_tile
+from vllm_babai.format.rans import decode_segments
+
+SEGMENTS_AT_A_TIME = 8
 
 
 def multiply_coded(x: Tensor, coded: CodedTensors) -> Tensor:
@@ -17,22 +18,21 @@ def multiply_coded(x: Tensor, coded: CodedTensors) -> Tensor:
 
 def decode(coded: CodedTensors, out: Tensor) -> Tensor:
     """Decode into `out` [rows, columns] and return it: int16 integers, or S ∘ Z in a floating type."""
-    integers = _decode_integers(coded)
+    integers = _decode_integers(coded, torch.empty(out.shape, dtype=torch.int16))
     if out.dtype == torch.int16:
         return out.copy_(integers)
     groups = coded.scales.shape[1]
     return out.copy_((integers.unflatten(1, (groups, -1)) * coded.scales.unsqueeze(-1)).flatten(1))
 
 
-def _decode_integers(coded: CodedTensors) -> Tensor:
-    shape = Shape(len(coded.row_class), len(coded.column_class), coded.tile_rows, coded.tile_columns, coded.lanes)
-    out = torch.empty(shape.rows, shape.columns, dtype=torch.int16)
-    words, ends = coded.words.numpy().view(np.uint16), coded.ends.numpy()
+def _decode_integers(coded: CodedTensors, out: Tensor) -> Tensor:
+    words, states = coded.words.numpy().view(np.uint16), coded.states.numpy().view(np.uint32)
     classes = coded.row_class.int().numpy(), coded.column_class.int().numpy()
-    common = (*classes, coded.table.numpy().view(np.uint32), coded.offset, coded.shift, coded.lanes, out.numpy())
+    segments, table = coded.segments.numpy(), coded.table.numpy().view(np.uint32)
 
-    def decode_one(index: int) -> None:
-        decode_tile(words, ends[index - 1] if index else 0, ends[index], shape.tile(index), *common)
+    def decode_some(first: int) -> None:
+        some = slice(first, first + SEGMENTS_AT_A_TIME)
+        decode_segments(words, segments[some], states[some], *classes, table, out.numpy())
 
-    parallel_map(decode_one, range(shape.count))
+    parallel_map(decode_some, range(0, len(segments), SEGMENTS_AT_A_TIME))
     return out

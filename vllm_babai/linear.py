@@ -9,16 +9,16 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
 from vllm_babai import ops
-from vllm_babai.coded import code
-from vllm_babai.format import LatticeWeight, LayerScheme
+from vllm_babai.coded import coded_tensors
+from vllm_babai.format import LayerScheme
 from vllm_babai.layout import DeviceLayout
 from vllm_babai.parameter import StoredParameter
 from vllm_babai.progress import LoadProgress
-from vllm_babai.reader import CODED_READERS, READERS, Reader, read_layer
+from vllm_babai.reader import CODED_READERS, READERS, CodedWeight, Reader, read_layer
 
 # LoRA looks for `qweight`.
 LAYOUT_NAMES = ("qweight", "scales", "overflow_entries", "overflow_offsets")
-CODED_NAMES = ("qweight", "ends", "row_class", "column_class", "table", "scales")
+CODED_NAMES = ("qweight", "segments", "states", "row_class", "column_class", "table", "scales")
 INPUT_SCALES = "input_scales"
 
 
@@ -117,19 +117,17 @@ class BabaiLinearMethod(LinearMethodBase):
 
 @register_weight_loader_v2_supported_method
 class CodedLinearMethod(BabaiLinearMethod):
-    """As its base, but the rank holds its part entropy coded, as one matrix, and every call decodes it."""
+    """As its base, but the rank holds its part as the checkpoint's own streams, and every call decodes them."""
 
     readers = CODED_READERS
-    activity = "Coding"
+    activity = "Indexing"
 
-    def _place(self, weight: LatticeWeight, device: torch.device) -> dict[str, Tensor]:
-        fields = code(weight, device)
-        tensors = [field for field in fields if isinstance(field, Tensor)]
-        self.cut = fields[len(tensors) :]
+    def _place(self, weight: CodedWeight, device: torch.device) -> dict[str, Tensor]:
+        *tensors, self.across = coded_tensors(weight.segments, weight.scales, device)
         return dict(zip(CODED_NAMES, tensors, strict=True))
 
     def _multiply(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
-        return torch.ops.babai.coded_matmul(x, *(getattr(layer, name) for name in CODED_NAMES), *self.cut)
+        return torch.ops.babai.coded_matmul(x, *(getattr(layer, name) for name in CODED_NAMES), self.across)
 
     def _warm_up(self, layer: torch.nn.Module, device: torch.device) -> None:
         self._multiply(layer, torch.zeros(1, self.in_features, dtype=self.params_dtype, device=device))

@@ -22,8 +22,10 @@ from vllm_babai.format import (
     packed_bytes,
     read_header,
 )
-from vllm_babai.format.hptq import decode_integers, read_blob
+from vllm_babai.format.hptq import Coded, decode_integers, read_blob
+from vllm_babai.format.segments import Segments, cut_segments, stack_segments
 from vllm_babai.format.ssqr import dense_crc
+from vllm_babai.format.steps import column_factors
 from vllm_babai.parameter import Part
 
 HPTQ_OVERFLOW = 0.02  # of HPTQ in memory, at most: what the kernels multiply at next to no cost
@@ -80,6 +82,23 @@ class RankWeight:
 
 
 @dataclass(frozen=True)
+class CodedWeight:
+    """The part of a linear or of a layer that a rank holds, entropy coded.
+
+    scales: bfloat16 [out, groups]. column_exponents: int16 [in] of the columns' steps, or None.
+    """
+
+    segments: Segments
+    scales: Tensor
+    column_exponents: Tensor | None
+
+    @property
+    def input_scales(self) -> Tensor | None:
+        """bfloat16 [in], to multiply the inputs with, or None."""
+        return None if self.column_exponents is None else column_factors(self.column_exponents)
+
+
+@dataclass(frozen=True)
 class Reader:
     """What the plugin has to know of one checkpoint format.
 
@@ -129,6 +148,24 @@ def read_hptq(linear: StoredLinear, scheme: LayerScheme) -> list[LatticeWeight]:
 
     The scales of the result are per row, those of one matrix can then be stacked with another's.
     """
+    coded, scales = _check_hptq(linear, scheme)
+    return [
+        LatticeWeight(decode_integers(coded, *window), scales[window.rows, _groups(window, scheme)], exponents)
+        for window, exponents in _windows(linear, coded)
+    ]
+
+
+def read_coded(linear: StoredLinear, scheme: LayerScheme) -> list[CodedWeight]:
+    """As `read_hptq`, but the streams stay coded; each of the windows' tiles is decoded once to find its segments."""
+    coded, scales = _check_hptq(linear, scheme)
+    return [
+        CodedWeight(cut_segments(coded, *window), scales[window.rows, _groups(window, scheme)], exponents)
+        for window, exponents in _windows(linear, coded)
+    ]
+
+
+def _check_hptq(linear: StoredLinear, scheme: LayerScheme) -> tuple[Coded, Tensor]:
+    """The blob taken apart, and scales per row, bfloat16 [rows, groups]."""
     blob, scales = linear.tensors["codes"], linear.tensors["scales"]
     coded, (rows, columns) = read_blob(blob), linear.shape
     stored, groups = coded.shape, scheme.groups(columns)
@@ -137,13 +174,13 @@ def read_hptq(linear: StoredLinear, scheme: LayerScheme) -> list[LatticeWeight]:
     if scales.shape != (1, groups):
         _check_shape("scales", scales, (rows, groups))
     coded.check_scales(scales)
-    by_row = scales.expand(rows, -1)
-    weights = []
-    for window in linear.windows:
-        exponents = None if coded.exponents is None else coded.exponents[window.columns]
-        scales_of_window = by_row[window.rows, _groups(window, scheme)]
-        weights.append(LatticeWeight(decode_integers(coded, *window), scales_of_window, exponents))
-    return weights
+    return coded, scales.expand(rows, -1)
+
+
+def _windows(linear: StoredLinear, coded: Coded) -> list[tuple[Window, Tensor | None]]:
+    """Each window with the exponents of its columns' steps."""
+    exponents = coded.exponents
+    return [(window, None if exponents is None else exponents[window.columns]) for window in linear.windows]
 
 
 def hptq_column_multiple(scheme: LayerScheme) -> int:
@@ -151,26 +188,30 @@ def hptq_column_multiple(scheme: LayerScheme) -> int:
     return max(1, scheme.group_size)
 
 
-def stack_lattice(weights: Sequence[LatticeWeight]) -> LatticeWeight:
-    """Put linears with scales per row below each other. Raises FormatError when their columns have other steps, as the
-    layer has one input to scale.
-    """
-    every = [weight.column_exponents for weight in weights]
+def pack_lattice(weights: Sequence[LatticeWeight]) -> RankWeight:
+    """Linears below each other, dense + sparse with the fewest bits that leave little overflow. Raises FormatError."""
+    from vllm_babai.format.split import split
+
+    check_column_steps(weights)
+    bits, qweight, overflow = split([weight.integers for weight in weights], HPTQ_OVERFLOW)
+    scales = torch.cat([weight.scales for weight in weights])
+    return RankWeight(bits, qweight, scales, overflow, weights[0].input_scales)
+
+
+def stack_coded(weights: Sequence[CodedWeight]) -> CodedWeight:
+    """Coded linears below each other. Raises FormatError."""
+    check_column_steps(weights)
+    segments = stack_segments([weight.segments for weight in weights])
+    return CodedWeight(segments, torch.cat([weight.scales for weight in weights]), weights[0].column_exponents)
+
+
+def check_column_steps(weights: Sequence[LatticeWeight] | Sequence[CodedWeight]) -> None:
+    """Raise FormatError when the columns of linears have other steps: the layer has one input to scale."""
+    every = (weight.column_exponents for weight in weights)
     if len({None if exponents is None else exponents.numpy().tobytes() for exponents in every}) > 1:
         raise FormatError(
             "vLLM fuses them, but their columns have different steps; `babai convert --to dense` makes them servable"
         )
-    integers, scales = torch.cat([w.integers for w in weights]), torch.cat([w.scales for w in weights])
-    return LatticeWeight(integers, scales, every[0])
-
-
-def pack_lattice(weights: Sequence[LatticeWeight]) -> RankWeight:
-    """Linears below each other, dense + sparse with the fewest bits that leave little overflow."""
-    from vllm_babai.format.split import split
-
-    weight = stack_lattice(weights)
-    bits, qweight, overflow = split(weight.integers, HPTQ_OVERFLOW)
-    return RankWeight(bits, qweight, weight.scales, overflow, weight.input_scales)
 
 
 HPTQ_TENSORS = {"codes": torch.uint8, "scales": torch.bfloat16}
@@ -183,9 +224,7 @@ READERS = {
     ),
     "hptq": Reader(HPTQ_TENSORS, read=read_hptq, stack=pack_lattice, column_multiple=hptq_column_multiple),
 }
-CODED_READERS = {
-    "hptq": Reader(HPTQ_TENSORS, read=read_hptq, stack=stack_lattice, column_multiple=hptq_column_multiple)
-}
+CODED_READERS = {"hptq": Reader(HPTQ_TENSORS, read=read_coded, stack=stack_coded, column_multiple=hptq_column_multiple)}
 
 
 def read_layer(reader: Reader, parts: Mapping[str, list[Part]], sizes: Mapping[str, int], scheme: LayerScheme) -> Any:

@@ -1,7 +1,7 @@
 """Load time and memory of HPTQ: `python tests/benchmarks/load_time.py [--rate BITS] [--json FILE]`.
 
 Made-up matrices of a model of 8 billion weights go through what the plugin does with a stored linear: `packed` decodes
-and splits into dense + sparse, `coded` decodes and codes the rank's part anew. This and reading the blob from a disk of
+and splits into dense + sparse, `coded` decodes to find where segments begin. This and reading the blob from a disk of
 1 GB/s are compared with reading the same matrices in bfloat16 from that disk. Making the device layout comes on top:
 it happens on the device, and SSQR checkpoints take it as well. Compiling is not counted. Sizes are those of the tensors
 on a GPU.
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from vllm_babai.coded import CodedTensors, code
+from vllm_babai.coded import CodedTensors, coded_tensors
 from vllm_babai.format import HPTQ, LatticeWeight, LayerScheme
-from vllm_babai.reader import RankWeight, StoredLinear, Window, pack_lattice, read_hptq, stack_lattice
+from vllm_babai.reader import RankWeight, StoredLinear, Window, pack_lattice, read_coded, read_hptq, stack_coded
 from vllm_babai.triton_kernels import device_layout
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
@@ -48,7 +48,8 @@ def load_packed(linear: StoredLinear) -> RankWeight:
 
 
 def load_coded(linear: StoredLinear) -> CodedTensors:
-    return code(stack_lattice(read_hptq(linear, LayerScheme(None))), CPU)
+    weight = stack_coded(read_coded(linear, LayerScheme(None)))
+    return coded_tensors(weight.segments, weight.scales, CPU)
 
 
 def seconds(function: Callable[[], object]) -> tuple[float, float]:

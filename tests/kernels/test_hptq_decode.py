@@ -14,19 +14,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_babai.coded import coded_tensors
-from vllm_babai.format import HPTQ, LatticeWeight, hptq
+from vllm_babai.format import LatticeWeight, hptq, segments
 from vllm_babai.triton_kernels.coded import MAX_TOKENS, multiply_coded, multiply_kernel
 from vllm_babai.triton_kernels.entropy import decode, decode_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
     "words_ptr": "*i16",
-    "ends_ptr": "*i64",
-    "row_class_ptr": "*u8",
+    "segments_ptr": "*i32",
+    "states_ptr": "*i32",
+    "row_class_ptr": "*i16",
     "column_class_ptr": "*u8",
     "table_ptr": "*i32",
     "scales_ptr": "*fp32",
-    **dict.fromkeys(("rows", "columns", "tile_rows", "tile_columns", "scale_stride", "group_size", "offset"), "i32"),
+    **dict.fromkeys(("all_rows", "columns", "groups", "group_size"), "i32"),
 }
 
 
@@ -41,7 +42,7 @@ def test_interpreted_decoder_is_exact() -> None:
 @pytest.mark.parametrize("out", ["i16", "bf16"])
 def test_decoder_compiles(architecture: int, out: str, tmp_path: Path) -> None:
     types = {**TYPES, "out_ptr": f"*{out}"}
-    constants = {"SHIFT": 0, "LANES": 32, "DEQUANTIZE": out == "bf16", "GROUPED": False, "BACKEND": "cuda"}
+    constants = {"DEQUANTIZE": out == "bf16", "GROUPED": False, "BACKEND": "cuda"}
     assembly = assembly_of(decode_kernel, types, constants, architecture, tmp_path)
     assert "VOTE" in assembly and "SHFL" not in assembly  # lanes are counted by votes, not by a scan
 
@@ -50,7 +51,7 @@ def test_decoder_compiles(architecture: int, out: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tokens", [1, MAX_TOKENS])
 def test_fused_kernel_compiles(architecture: int, tokens: int, tmp_path: Path) -> None:
     types = {**TYPES, "x_ptr": "*fp32", "partial_ptr": "*fp32"}
-    constants = {"SHIFT": 0, "LANES": 32, "TOKENS": tokens, "GROUPED": False, "BACKEND": "cuda"}
+    constants = {"TOKENS": tokens, "GROUPED": False, "BACKEND": "cuda"}
     assembly = assembly_of(multiply_kernel, types, constants, architecture, tmp_path)
     step = assembly[assembly.index("VOTE") : assembly.rindex("VOTE")]
     assert "SHFL" not in step and "LDS" not in step  # lanes are added up, and layouts converted, at the end of a row
@@ -74,26 +75,35 @@ def assembly_of(kernel: Any, types: dict[str, str], constants: dict, architectur
     return subprocess.check_output([TOOLS / "nvdisasm", "-c", cubin], text=True)
 
 
-def check_decoder(rows: int, columns: int, sigma: float, uneven: float, scales: torch.Tensor) -> None:
-    spread = sigma * torch.exp2(uneven * torch.randn(rows, 1)) * torch.exp2(uneven * torch.randn(columns))
-    integers = torch.round(torch.randn(rows, columns) * spread).short()
-    integers[2, 3:5] = torch.tensor([20000, -20000], dtype=torch.int16)
-    weight = LatticeWeight(integers, scales)
-    coded = hptq.read_blob(HPTQ.encode(weight).codes)
-    tensors = coded_tensors(coded, scales, torch.device("cpu"))
-    assert torch.equal(decode(tensors, torch.empty(rows, columns, dtype=torch.int16)), integers)
-    workspace = decode(tensors, torch.empty(rows, columns, dtype=torch.bfloat16))
+def check_decoder(rows: int, columns: int, window: slice, sigma: float, uneven: float, scales: torch.Tensor) -> None:
+    """Two matrices of different codes below each other, of which a rank holds the columns of a window.
+
+    scales: of the window, bfloat16 [1 or rows, groups].
+    """
+    parts, integers = [], []
+    for scale in (1, 8):
+        spread = scale * sigma * torch.exp2(uneven * torch.randn(rows, 1)) * torch.exp2(uneven * torch.randn(columns))
+        matrix = torch.round(torch.randn(rows, columns) * spread).short()
+        matrix[2, 33:35] = torch.tensor([20000, -20000], dtype=torch.int16)
+        coded = hptq.read_blob(hptq.encode_integers(matrix, 0))
+        parts.append(segments.cut_segments(coded, slice(0, rows), window))
+        integers.append(matrix[:, window])
+        print(coded.shape, "contexts", len(coded.model.codes), "shift", coded.model.shift)
+    weight = LatticeWeight(torch.cat(integers), scales.expand(rows, -1).repeat(2, 1))
+    tensors = coded_tensors(segments.stack_segments(parts), weight.scales, torch.device("cpu"))
+    assert torch.equal(decode(tensors, torch.empty_like(weight.integers)), weight.integers)
+    workspace = decode(tensors, torch.empty_like(weight.integers, dtype=torch.bfloat16))
     assert torch.equal(workspace, weight.dequantize(torch.bfloat16))
     for tokens in (1, 3, 5):
-        x = torch.randn(tokens, columns)
+        x = torch.randn(tokens, window.stop - window.start)
         expected = x @ weight.dequantize().t()
         assert torch.allclose(multiply_coded(x, tensors), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    print(coded.shape, "contexts", len(coded.model.codes), "shift", coded.model.shift)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    hptq.LANE_WEIGHTS, hptq.TILE_WEIGHTS = 64, 1024  # all lanes in matrices that an interpreter gets through
-    check_decoder(40, 100, 1.5, 0.7, torch.rand(1, 1).bfloat16())
-    check_decoder(9, 900, 40.0, 0.0, torch.rand(9, 3).bfloat16())
-    check_decoder(10, 45, 1.0, 0.0, torch.rand(1, 45).bfloat16())
+    # all lanes and many segments in matrices that an interpreter gets through
+    hptq.LANE_WEIGHTS, hptq.TILE_WEIGHTS, hptq.TILE_COLUMNS, segments.SEGMENT_WEIGHTS = 64, 1024, 256, 512
+    check_decoder(11, 100, slice(0, 100), 1.5, 0.7, torch.rand(1, 1).bfloat16())
+    check_decoder(6, 350, slice(30, 300), 5.0, 0.0, torch.rand(6, 3).bfloat16())
+    check_decoder(4, 45, slice(0, 45), 1.0, 0.0, torch.rand(1, 45).bfloat16())

@@ -22,7 +22,7 @@ STEPS_PER_SPREAD = 2.5  # integers of about 3.3 bits
 WITH_COLUMN_STEPS = ("q_proj", "k_proj", "v_proj", "down_proj")
 SERVERS = {
     "packed": ([], "Packing"),
-    "coded": (["--hf-overrides", json.dumps({"babai_residency": "coded"})], "Coding"),
+    "coded": (["--hf-overrides", json.dumps({"babai_residency": "coded"})], "Indexing"),
     "packed, two ranks": (["--tensor-parallel-size", "2"], "Packing"),
 }
 

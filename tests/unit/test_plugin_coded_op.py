@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_babai import coded, cpu_entropy
-from vllm_babai.coded import CodedTensors, code
+from vllm_babai.coded import CodedTensors, coded_tensors
 from vllm_babai.format import LatticeWeight
+from vllm_babai.format.hptq import encode_integers, read_blob
+from vllm_babai.format.segments import cut_segments
 
 
 def random_weight(rows: int, columns: int, sigma: float = 1.5, groups: int = 1) -> LatticeWeight:
@@ -17,7 +19,9 @@ def random_weight(rows: int, columns: int, sigma: float = 1.5, groups: int = 1) 
 
 
 def tensors_of(weight: LatticeWeight) -> CodedTensors:
-    return code(weight, torch.device("cpu"))
+    rows, columns = weight.integers.shape
+    segments = cut_segments(read_blob(encode_integers(weight.integers, 0)), slice(0, rows), slice(0, columns))
+    return coded_tensors(segments, weight.scales, torch.device("cpu"))
 
 
 @settings(max_examples=30, deadline=None)
@@ -39,7 +43,7 @@ def test_equals_the_dense_product(
 
 def test_several_tiles_and_groups() -> None:
     weight = random_weight(300, 2080, groups=65)
-    assert len(tensors_of(weight).ends) > 4
+    assert len(tensors_of(weight).segments) > 40
     x = torch.randn(3, 2080)
     expected = torch.nn.functional.linear(x, weight.dequantize())
     assert torch.equal(torch.ops.babai.coded_matmul(x, *tensors_of(weight)), expected)
@@ -53,7 +57,7 @@ def test_decodes_the_integers() -> None:
 
 def test_half_precision_has_room_for_large_integers() -> None:
     integers = torch.full((8, 32), 30_000, dtype=torch.int16)
-    weight = LatticeWeight(integers, torch.full((1, 1), 1e-9).bfloat16())
+    weight = LatticeWeight(integers, torch.full((8, 1), 1e-9).bfloat16())
     y = torch.ops.babai.coded_matmul(torch.full((1, 32), 1000.0, dtype=torch.float16), *tensors_of(weight))
     torch.testing.assert_close(y, torch.full((1, 8), 0.96, dtype=torch.float16), rtol=0.01, atol=0)
 

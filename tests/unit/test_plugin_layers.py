@@ -184,7 +184,7 @@ def test_smallest_width_with_little_overflow(sigma: float, bits: int) -> None:
     assert layer.quant_method.bits == bits
 
 
-@pytest.mark.parametrize(("residency", "activity"), [("packed", "Packing"), ("coded", "Coding")])
+@pytest.mark.parametrize(("residency", "activity"), [("packed", "Packing"), ("coded", "Indexing")])
 def test_progress_counts_the_layers(residency: str, activity: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = BabaiConfig(CheckpointConfig("hptq", residency=residency))
     with as_rank(0, 1):

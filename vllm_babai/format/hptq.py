@@ -64,6 +64,12 @@ class Shape:
         row, column = index // self.across * self.tile_rows, index % self.across * self.tile_columns
         return row, min(row + self.tile_rows, self.rows), column, min(column + self.tile_columns, self.columns)
 
+    def overlapping(self, rows: slice, columns: slice) -> list[int]:
+        """The tiles that hold something of a window, row by row."""
+        down = range(rows.start // self.tile_rows, -(-rows.stop // self.tile_rows))
+        right = range(columns.start // self.tile_columns, -(-columns.stop // self.tile_columns))
+        return [y * self.across + x for y in down for x in right]
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -79,6 +85,10 @@ class Coded:
     scales_crc: int
     ends: np.ndarray
     words: np.ndarray
+
+    def span(self, tile: int) -> tuple[int, int]:
+        """Where a tile's stream begins and ends in the words."""
+        return int(self.ends[tile - 1]) if tile else 0, int(self.ends[tile])
 
     def check_scales(self, scales: Tensor) -> None:
         """Raise FormatError when `scales` are not those that the blob was stored with."""
@@ -121,24 +131,19 @@ def predicted_bytes(integers: Tensor, exponents: Tensor | None = None) -> float:
     """Bytes of the blob that int16 integers [out, in] and exponents of their columns' steps, int16 [in], will take,
     without coding them; within a few bytes per tile.
     """
-    shape = _cut(*integers.shape, tile_weights=TILE_WEIGHTS)
+    shape = _cut(*integers.shape)
     bits = fit_model(integers.numpy())[1] + shape.count * (32 + 24 * shape.lanes)
     if exponents is not None:
         bits += exponent_bits(exponents)
     return HEADER.size + bits / 8
 
 
-def encode_integers(
-    integers: Tensor, scales_crc: int, exponents: Tensor | None = None, tile_weights: int | None = None
-) -> Tensor:
-    """Integers, int16 [out, in], and exponents of their columns' steps, if any → blob, uint8 [bytes].
-
-    tile_weights: about so many in a tile (None: TILE_WEIGHTS); smaller tiles let more threads decode, and cost bits.
-    """
+def encode_integers(integers: Tensor, scales_crc: int, exponents: Tensor | None = None) -> Tensor:
+    """Integers, int16 [out, in], and exponents of their columns' steps, if any → blob, uint8 [bytes]."""
     from vllm_babai.format import rans
 
     matrix = np.ascontiguousarray(integers.numpy())
-    shape = _cut(*matrix.shape, tile_weights=tile_weights or TILE_WEIGHTS)
+    shape = _cut(*matrix.shape)
     model, _ = fit_model(matrix)
     table = encoder_table(model.frequencies)
     rows, columns = model.classes.rows, model.classes.columns
@@ -172,7 +177,7 @@ def read_blob(blob: Tensor) -> Coded:
     body = raw[HEADER.size :]
     if zlib.crc32(body, zlib.crc32(HEADER.pack(*fields, scales_crc, 0))) != crc:
         raise FormatError("codes blob is truncated or corrupt: its CRC does not match")
-    if min(tile_rows, tile_columns, lanes, contexts) < 1 or shift > MAX_SHIFT:
+    if min(tile_rows, tile_columns, lanes, contexts) < 1 or lanes > MAX_LANES or shift > MAX_SHIFT:
         raise FormatError("codes blob has a header that no encoder writes")
     shape = Shape(rows, columns, tile_rows, tile_columns, lanes)
     model, length = unpack_model(body, rows, columns, offset, shift, contexts)
@@ -211,21 +216,20 @@ def decode_integers(coded: Coded, row_window: slice | None = None, column_window
     def decode(index: int) -> None:
         row_start, row_stop, column_start, column_stop = shape.tile(index)
         tile = (row_start - first_row, row_stop - first_row, column_start - first_column, column_stop - first_column)
-        begin = coded.ends[index - 1] if index else 0
-        if not rans.decode_tile(coded.words, begin, coded.ends[index], tile, *common):
+        if not rans.decode_tile(coded.words, *coded.span(index), tile, *common):
             raise FormatError(f"codes blob has a damaged stream (tile {index})")
 
-    parallel_map(decode, (y * shape.across + x for y in range(top, bottom) for x in range(left, right)))
+    parallel_map(decode, shape.overlapping(rows, columns))
     inside = covered[rows.start - first_row : rows.stop - first_row]
     inside = inside[:, columns.start - first_column : columns.stop - first_column]
     return torch.from_numpy(np.ascontiguousarray(inside))
 
 
-def _cut(rows: int, columns: int, *, tile_weights: int) -> Shape:
-    """Tiles of about `tile_weights` weights, of MAX_LANES lanes except in small matrices."""
+def _cut(rows: int, columns: int) -> Shape:
+    """Tiles of about TILE_WEIGHTS weights, of MAX_LANES lanes except in small matrices."""
     across = max(1, -(-columns // TILE_COLUMNS))
     tile_columns = max(1, min(columns, -(-columns // across // 32) * 32))
-    tile_rows = min(max(1, tile_weights // tile_columns // 32) * 32, TILE_ROWS)
+    tile_rows = min(max(1, TILE_WEIGHTS // tile_columns // 32) * 32, TILE_ROWS)
     lanes = min(MAX_LANES, 1 << max(0, (rows * columns // LANE_WEIGHTS).bit_length() - 1))
     return Shape(rows, columns, tile_rows, tile_columns, lanes)
 

@@ -18,6 +18,7 @@ from numba import njit
 from vllm_babai.format.tables import CENTRE, ESCAPE, PRECISION, TOTAL
 
 INITIAL_STATE = 1 << 16
+u32 = np.uint32
 
 
 def compiled(function: Any) -> Any:
@@ -82,6 +83,84 @@ def encode_tile(integers, tile, row_class, column_class, packed, offset, shift, 
 
 
 @compiled
+def decode_rows(words, position, end, state, row_class, column_class, lut, offset, shift, out, top, left):
+    """Decode rows of a tile from `position` in words on: the position behind them, or −1 when it is beyond `end`.
+
+    words: uint16, with 2 · lanes words or more behind `end`. state: uint32 [lanes], changed in place. row_class,
+    column_class: integers [rows], [columns] of what is decoded, their sum is the context. lut: see
+    `tables.decoder_table`. out: int16; takes the rows at `top`, `left`.
+    """
+    columns, lanes, at, last = len(column_class), len(state), np.uint64(position), np.uint64(end)
+    narrow, precision, low_mask = u32(shift), u32(PRECISION + shift), u32((1 << shift) - 1)
+    centre, entries = u32(offset - (CENTRE << shift)), np.empty(lanes, np.uint32)
+    for row in range(len(row_class)):
+        context = u32(row_class[row])
+        line = out[top + row][left : left + columns]
+        for start in range(0, columns, lanes):
+            if at > last:
+                return np.int64(-1)
+            stop = min(start + lanes, columns)
+            active, integers = state[: stop - start], line[start:stop]
+            look_up(active, context, column_class[start:stop], lut, narrow, entries)
+            advance(active, entries, centre, narrow, precision, low_mask, integers)
+            at = refill(active, entries, words, at, integers)
+    return np.int64(at)
+
+
+# Three loops over the lanes, not one: the compiler makes vector instructions of the one in the middle. And numba widens
+# mixed integers to 64 bits: everything is cast so that the loops stay in 32.
+
+
+@compiled
+def look_up(state, context, column_class, lut, narrow, entries):
+    """Entries of the table that the states point to."""
+    for lane in range(len(state)):
+        table = u32(u32(context + u32(column_class[lane])) << u32(PRECISION))
+        entries[lane] = lut[u32(table + u32(u32(state[lane] >> narrow) & u32(TOTAL - 1)))]
+
+
+@compiled
+def advance(state, entries, centre, narrow, precision, low_mask, integers):
+    """The integers of these entries, and the states behind them."""
+    for lane in range(len(state)):
+        entry, x = entries[lane], state[lane]
+        integers[lane] = np.int16(u32(u32(u32(entry >> u32(24)) << narrow) + u32(x & low_mask)) + centre)
+        frequency = u32(u32(entry & u32(TOTAL - 1)) + u32(1))
+        inside = u32(u32(entry >> u32(PRECISION)) & u32(TOTAL - 1))
+        state[lane] = u32(u32(frequency * u32(x >> precision)) + inside)
+
+
+@compiled
+def refill(state, entries, words, position, integers):
+    """Take the words that states need, and the integers that were escaped: the position behind those."""
+    for lane in range(len(state)):
+        x = state[lane]
+        # the word is read whether needed or not: a choice of values does not stall where a branch would
+        refilled, needs_word = u32(x << u32(16)) | u32(words[position]), x < u32(INITIAL_STATE)
+        state[lane] = refilled if needs_word else x
+        position += np.uint64(needs_word)
+        if entries[lane] >= u32(ESCAPE << 24):
+            integers[lane] = np.int16(words[position])
+            position += np.uint64(1)
+    return position
+
+
+@compiled
+def first_state(words, begin, lanes):
+    """States at the head of a stream, uint32 [lanes]."""
+    state = np.empty(lanes, np.uint32)
+    for lane in range(lanes):
+        state[lane] = u32(words[begin + 2 * lane]) | (u32(words[begin + 2 * lane + 1]) << u32(16))
+    return state
+
+
+@compiled
+def is_end(position, end, state):
+    """Whether a good stream ends here, with these states."""
+    return position == end and (state == u32(INITIAL_STATE)).all()
+
+
+@compiled
 def decode_tile(words, begin, end, tile, row_class, column_class, lut, offset, shift, lanes, out):
     """Decode words begin … end − 1 into out[tile], int16; False when they are no valid stream.
 
@@ -91,39 +170,47 @@ def decode_tile(words, begin, end, tile, row_class, column_class, lut, offset, s
     row_start, row_stop, column_start, column_stop = tile
     if end - begin < 2 * lanes:
         return False
-    state = np.empty(lanes, np.uint32)
-    for lane in range(lanes):
-        state[lane] = np.uint32(words[begin + 2 * lane]) | (np.uint32(words[begin + 2 * lane + 1]) << np.uint32(16))
+    state = first_state(words, begin, lanes)
+    rows, columns = row_class[row_start:row_stop], column_class[column_start:column_stop]
     position = begin + 2 * lanes
-    # numba widens mixed integers to 64 bits: every constant below is cast so that the loop stays in 32
-    precision, narrow = np.uint32(PRECISION + shift), np.uint32(shift)
-    mask = np.uint32((1 << (PRECISION + shift)) - 1)
-    low_mask, field = np.uint32((1 << shift) - 1), np.uint32(TOTAL - 1)
-    for row in range(row_start, row_stop):
-        for start in range(column_start, column_stop, lanes):
-            if position > end:
-                return False
-            for lane in range(min(lanes, column_stop - start)):
-                x = state[lane]
-                table = np.uint32(np.uint32(row_class[row] + column_class[start + lane]) << np.uint32(PRECISION))
-                entry = lut[np.uint32(table + ((x & mask) >> narrow))]
-                symbol = np.int32(entry >> np.uint32(24))
-                out[row, start + lane] = np.int16(((symbol - CENTRE) << shift) + np.int32(x & low_mask) + offset)
-                frequency = np.uint32((entry & field) + np.uint32(1))
-                inside = np.uint32((entry >> np.uint32(PRECISION)) & field)
-                x = np.uint32(np.uint32(frequency * np.uint32(x >> precision)) + inside)
-                # the word is read whether needed or not: a choice of values does not stall where a branch would
-                word = np.uint32(words[position])
-                needs_word = x < np.uint32(INITIAL_STATE)
-                state[lane] = np.uint32((x << np.uint32(16)) | word) if needs_word else x
-                position += np.int64(needs_word)
-                if symbol == ESCAPE:
-                    out[row, start + lane] = np.int16(words[position])
-                    position += 1
-    valid = position == end
-    for lane in range(lanes):
-        valid &= state[lane] == INITIAL_STATE
-    return valid
+    position = decode_rows(words, position, end, state, rows, columns, lut, offset, shift, out, row_start, column_start)
+    return is_end(position, end, state)
+
+
+@compiled
+def seek_rows(words, begin, end, row_class, column_class, lut, offset, shift, lanes, cuts, positions, states):
+    """Decode a tile, words begin … end − 1, to note where decoding could start again; False when it is no valid stream.
+
+    row_class, column_class: of the tile. cuts: int64, some of its rows, ascending. positions: int64 [cuts] and states:
+    uint32 [cuts, lanes or more] take what the decoder has in front of those rows. The rest is as in `decode_rows`.
+    """
+    if end - begin < 2 * lanes:
+        return False
+    state, position, row = first_state(words, begin, lanes), begin + 2 * lanes, 0
+    unused = np.empty((len(row_class), len(column_class)), np.int16)
+    for cut in range(len(cuts)):
+        rows = row_class[row : cuts[cut]]
+        position = decode_rows(words, position, end, state, rows, column_class, lut, offset, shift, unused, 0, 0)
+        positions[cut], states[cut, :lanes], row = position, state, cuts[cut]
+    position = decode_rows(words, position, end, state, row_class[row:], column_class, lut, offset, shift, unused, 0, 0)
+    return is_end(position, end, state)
+
+
+@compiled
+def decode_segments(words, table, states, row_class, column_class, lut, out):
+    """Decode segments into out, int16 [rows, columns]; the other arguments are as in `segments.Segments`.
+
+    words: with 2 · lanes words or more behind the streams.
+    """
+    for index in range(len(table)):
+        segment = table[index]
+        row, rows, column, columns, lanes = segment[1], segment[2], segment[3], segment[4], segment[7]
+        of_rows, of_columns = row_class[row : row + rows], column_class[segment[5] : segment[5] + columns]
+        state, end = states[index, :lanes].copy(), len(words) - 2 * lanes
+        integers = np.empty((rows, columns), np.int16)
+        decode_rows(words, segment[0], end, state, of_rows, of_columns, lut, segment[9], segment[8], integers, 0, 0)
+        first, last = max(column, 0), min(column + columns, out.shape[1])
+        out[row : row + rows, first:last] = integers[:, first - column : last - column]
 
 
 def padded(words: np.ndarray, lanes: int) -> np.ndarray:
