@@ -39,6 +39,7 @@ def quantize(
     order: Annotated[
         Literal["min-pivot", "activation", "natural", "reverse"], typer.Option(help="Order of nearest plane.")
     ] = "activation",
+    paths: Annotated[int, typer.Option(help="Candidates that nearest plane keeps in a row; 1: one.")] = 16,
     calibration: Calibration = "NeelNanda/pile-10k",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens in each; 0: 2048, or fewer if the model has.")] = 0,
@@ -66,6 +67,7 @@ def quantize(
         target_bits=target_bits,
         group_size=group_size,
         order=order,
+        paths=paths,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,

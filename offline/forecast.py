@@ -20,7 +20,8 @@ PRICES = 4.0 ** torch.arange(-1, 8)  # of an overflow entry, against a target's 
 class Forecast:
     """One linear, small enough to keep for a whole model. Lists run over steps of 2^OCTAVES times `spread`.
 
-    pivot: mean of D_j D_i over the weights, so that a step s costs ½ s²/12 · weights · pivot nats per token.
+    pivot: mean of D_j D_i over the weights, less what several paths gain, so that a step s costs ½ s²/12 · weights ·
+    pivot nats per token.
     spread: root mean square of the weights. rates: HPTQ's bits per weight, with one step.
     row_pivot: like pivot, for rows whose steps are in proportion to their own root mean square.
     overflow: with such rows, dense bits → share of weights beyond them, [OCTAVES, PRICES]. kept: dense bits → error
@@ -76,8 +77,9 @@ def forecast(name: str, weight: Tensor, lattice: Lattice, seed: int) -> Forecast
     rates = _interpolate_entropy((own / mean / 4.0**octaves + carried).sqrt()).mean(1)
 
     row_pivots = lattice.row_pivots(len(weight)).to(rows.device)
-    pivot = float(factor.pivots.mean() * row_pivots.mean())
-    row_pivot = float(factor.pivots.mean() * (row_pivots * rows).mean() / mean)
+    column_pivot = lattice.gain * factor.pivots.mean()
+    pivot = float(column_pivot * row_pivots.mean())
+    row_pivot = float(column_pivot * (row_pivots * rows).mean() / mean)
     targets = weight[row, column] / rows[row].clamp_min(1e-30).sqrt()
     noise = torch.randn(PAIRS, generator=generator).to(targets) * carried.sqrt()
     counts = (factor.pivots[position] / factor.pivots.mean() * row_pivots[row] * rows[row]).float()

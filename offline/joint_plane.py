@@ -9,6 +9,10 @@ the rows before it,
 
 R and G standing for the triangular factors. G is kept in blocks of consecutive rows, which are problems of their own.
 (Kronecker-factored Hessians: arXiv 2505.22988, YAQA.)
+
+The order may as well be row by row, each a plain lattice problem whose weight is corrected for the rows decided before.
+So a row can keep several paths, the cheapest partial solutions, and decide when it has come to an end (M-algorithm,
+K-best lattice decoding). With 16 of them the error is about a tenth less than Babai's on the reference model.
 """
 
 from dataclasses import dataclass
@@ -20,9 +24,19 @@ from vllm_babai.format.lattice import MAX_INTEGER
 from vllm_babai.format.parallel import parallel_map
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor, factorize
-from vllm_babai.offline.nearest_plane import NEAREST, NearestPlane, Rounding, from_right_to_left
+from vllm_babai.offline.nearest_plane import (
+    NEAREST,
+    NearestPlane,
+    Rounding,
+    from_right_to_left,
+    mean_error,
+    squared_error,
+)
 
 ROW_DAMPING = 0.05
+LEAF = 256  # columns decided row by row between matrix products; at their end one path is left
+BLOCK = 256  # rows that are solved together where all are alone
+PROBES = 32
 
 
 @dataclass(frozen=True)
@@ -45,18 +59,30 @@ def row_geometry(covariance: Tensor) -> RowGeometry:
     return RowGeometry(blocks, pivots)
 
 
+def independent_rows(out_features: int) -> RowGeometry:
+    """Rows that count alike and alone."""
+    nothing = torch.empty(0, 0)
+    ones = torch.ones(out_features, dtype=torch.float64)
+    blocks = [
+        (first, Factor(nothing, pivots, torch.arange(len(pivots)), 0.0))
+        for first, pivots in zip(range(0, out_features, BLOCK), ones.split(BLOCK), strict=True)
+    ]
+    return RowGeometry(blocks, ones)
+
+
 def joint_plane(
-    weight: Tensor, factor: Factor, rows: RowGeometry, steps: Tensor, rounding: Rounding = NEAREST
+    weight: Tensor, factor: Factor, rows: RowGeometry, steps: Tensor, rounding: Rounding = NEAREST, paths: int = 1
 ) -> NearestPlane:
     """Decide every integer, like `nearest_plane.nearest_plane` and with its shapes; blocks of rows run in parallel.
 
-    Runs on the CPU, wherever the tensors are. Raises QuantizationError when an integer exceeds 2¹⁵ − 1.
+    paths: that a row keeps while LEAF columns are decided. Runs on the CPU, wherever the tensors are. Raises
+    QuantizationError when an integer exceeds 2¹⁵ − 1.
     """
     full_steps = steps.expand_as(weight).cpu()
     inverse = (rounding.shrinkage / steps).expand_as(weight).cpu()
     price = torch.zeros_like(steps) if rounding.price is None else rounding.price
     full_price = price.expand_as(weight).cpu()
-    host, upper = weight.cpu(), factor.unit_upper.cpu()
+    host = weight.cpu()
     found = NearestPlane(*(torch.empty_like(host) for _ in range(3)))
 
     def solve(block: tuple[int, Factor]) -> None:
@@ -66,7 +92,7 @@ def joint_plane(
             t[:, rows_in_order].contiguous() for t in (host, full_steps, inverse, full_price)
         )
         solved = _solve_block(
-            own, own_steps, own_inverse, upper, row_factor.unit_upper.T.contiguous(), own_price, rounding
+            own, own_steps, own_inverse, own_price, factor, row_factor.unit_upper.contiguous(), rounding, paths
         )
         for whole, columns in zip((found.integers, found.residual, found.targets), solved, strict=True):
             whole[:, rows_in_order] = columns
@@ -76,6 +102,20 @@ def joint_plane(
     if not largest <= MAX_INTEGER:
         raise QuantizationError(f"an integer reached {largest:.0f}, more than {MAX_INTEGER}: the step is too small")
     return NearestPlane(*(t.to(weight.device) for t in (found.integers, found.residual, found.targets)))
+
+
+def paths_gain(factor: Factor, paths: int) -> float:
+    """Error with so many paths over that with one, as expected for any weight.
+
+    Measured on rows of large random numbers: their targets are uniform between integers, as those of fine steps are.
+    """
+    if paths == 1:
+        return 1.0
+    generator = torch.Generator().manual_seed(0)
+    weight = 1000 * torch.rand(len(factor.pivots), PROBES, generator=generator).to(factor.unit_upper)
+    steps = torch.ones(1, 1).to(weight)
+    found = joint_plane(weight, factor, independent_rows(PROBES), steps, NEAREST, paths)
+    return float(squared_error(found.residual, factor).mean() / mean_error(steps, factor))
 
 
 def joint_error(residual: Tensor, factor: Factor, rows: RowGeometry) -> float:
@@ -93,22 +133,24 @@ def _solve_block(
     weight: Tensor,
     steps: Tensor,
     inverse: Tensor,
-    upper: Tensor,
-    row_upper_t: Tensor,
     price: Tensor,
+    factor: Factor,
+    row_upper: Tensor,
     rounding: Rounding,
+    paths: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Integers, residual and targets of one block of rows, [n, rows]; see `nearest_plane` for the recursion."""
     from vllm_babai.offline.joint_loops import decide  # numba takes a second to import
 
+    upper, pivots = factor.unit_upper.cpu(), factor.pivots.cpu()
     carried = weight.clone()
     integers, residual, targets = (torch.empty_like(weight) for _ in range(3))
     edges = torch.tensor([rounding.low, rounding.high], dtype=weight.dtype)
-    tensors = (carried, weight, steps, inverse, upper, row_upper_t, edges, price, integers, residual, targets)
+    tensors = (carried, weight, steps, inverse, price, pivots, upper, row_upper, edges, integers, residual, targets)
     arrays = [t.numpy() for t in tensors]
 
     def carry(low: int, middle: int, high: int) -> None:
         carried[low:middle].addmm_(upper[low:middle, middle:high], residual[middle:high])
 
-    from_right_to_left(0, len(weight), lambda low, high: decide(low, high, *arrays), carry)
+    from_right_to_left(0, len(weight), LEAF, lambda low, high: decide(low, high, paths, *arrays), carry)
     return integers, residual, targets

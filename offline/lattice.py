@@ -1,12 +1,13 @@
 """The lattice of one layer: what an error of its weight costs, and the solver for it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from vllm_babai.offline.factor import Factor
-from vllm_babai.offline.joint_plane import RowGeometry, joint_error, joint_plane
+from vllm_babai.offline.joint_plane import RowGeometry, independent_rows, joint_error, joint_plane, paths_gain
 from vllm_babai.offline.nearest_plane import NEAREST, NearestPlane, Rounding, mean_error, nearest_plane, squared_error
 
 
@@ -14,11 +15,13 @@ from vllm_babai.offline.nearest_plane import NEAREST, NearestPlane, Rounding, me
 class Lattice:
     """columns: factor of the Hessian. rows: geometry of the outputs, or None where all rows count alike and alone.
 
+    paths: that nearest plane keeps in a row until it is decided; 1: Babai's algorithm.
     An error is then ‖R(W − Ŵ)ᵀ‖² per calibration token; with a geometry it is twice the loss in nats per token.
     """
 
     columns: Factor
     rows: RowGeometry | None = None
+    paths: int = 1
 
     def row_pivots(self, out_features: int) -> Tensor:
         """How much the error of every row counts, float64 [out]."""
@@ -26,9 +29,10 @@ class Lattice:
 
     def solve(self, weight: Tensor, steps: Tensor, rounding: Rounding = NEAREST) -> NearestPlane:
         """Nearest plane; weight: [n, out] in the columns' order, steps broadcastable to it."""
-        if self.rows is None:
+        if self.rows is None and self.paths == 1:
             return nearest_plane(weight, self.columns.unit_upper, steps, rounding)
-        return joint_plane(weight, self.columns, self.rows, steps, rounding)
+        rows = self.rows or independent_rows(weight.shape[1])
+        return joint_plane(weight, self.columns, rows, steps, rounding, self.paths)
 
     def error(self, residual: Tensor) -> float:
         """Squared error of a residual [n, out], damping included."""
@@ -36,7 +40,12 @@ class Lattice:
             return float(squared_error(residual, self.columns).sum())
         return joint_error(residual, self.columns, self.rows)
 
+    @cached_property
+    def gain(self) -> float:
+        """Error with these paths over that with one, as expected for any weight."""
+        return paths_gain(self.columns, self.paths)
+
     def mean_error(self, steps: Tensor, out_features: int) -> float:
-        """Expected error ¹⁄₁₂ Σ s² D_j D_i of nearest plane; three times this is its bound."""
+        """Expected error ¹⁄₁₂ Σ s² D_j D_i with one path; three times this is the bound with any number of them."""
         by_row = mean_error(steps.expand(-1, out_features), self.columns)
         return float(by_row @ self.row_pivots(out_features).to(by_row.device))

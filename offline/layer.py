@@ -20,7 +20,8 @@ class LayerReport:
     """What is known about a quantized linear. Errors are as `Lattice` counts them, damping included; W is the target,
     which with drift correction is not quite the original weight.
 
-    predicted_error: ¹⁄₁₂ Σ s²D, and what rounding otherwise than to the nearest integer adds. measured_error: of W − Ŵ.
+    predicted_error: ¹⁄₁₂ Σ s²D, less what several paths gain, and what rounding otherwise than to the nearest integer
+    adds. measured_error: of W − Ŵ.
     bound: ¼ Σ s²D, None with such rounding. relative_error: measured, over that of W. passes: runs of nearest plane
     that the search for scales took. bits, group_size, overflow_rate: None in HPTQ.
     """
@@ -118,7 +119,7 @@ def _report(
     rate: float | None = None,
 ) -> LayerReport:
     rounding, measured = lattice.mean_error(solution.steps, weight.shape[1]), lattice.error(solution.plane.residual)
-    predicted = rounding + solution.added_error
+    predicted = lattice.gain * rounding + solution.added_error
     return LayerReport(
         name=name,
         rows=weight.shape[1],

@@ -90,7 +90,7 @@ def nearest_plane(weight: Tensor, unit_upper: Tensor, steps: Tensor, rounding: R
     def carry(low: int, middle: int, high: int) -> None:
         targets[low:middle].addmm_(unit_upper[low:middle, middle:high], residual[middle:high])
 
-    from_right_to_left(0, len(weight), decide, carry)
+    from_right_to_left(0, len(weight), LEAF, decide, carry)
     largest = integers.abs().max() if integers.numel() else 0
     if not largest <= MAX_INTEGER:
         raise QuantizationError(
@@ -108,19 +108,19 @@ def _keep_to_range(integers: Tensor, targets: Tensor, steps: Tensor, price: Tens
 
 
 def from_right_to_left(
-    low: int, high: int, decide: Callable[[int, int], None], carry: Callable[[int, int, int], None]
+    low: int, high: int, leaf: int, decide: Callable[[int, int], None], carry: Callable[[int, int, int], None]
 ) -> None:
     """Solve positions low … high − 1: the right half, what it carries into the left half, the left half.
 
-    decide(low, high) solves at most LEAF positions; carry(low, middle, high) adds to the targets of low … middle − 1.
+    decide(low, high) solves at most `leaf` positions; carry(low, middle, high) adds to the targets of low … middle − 1.
     """
-    if high - low <= LEAF:
+    if high - low <= leaf:
         decide(low, high)
         return
     middle = low + (high - low) // 2
-    from_right_to_left(middle, high, decide, carry)
+    from_right_to_left(middle, high, leaf, decide, carry)
     carry(low, middle, high)
-    from_right_to_left(low, middle, decide, carry)
+    from_right_to_left(low, middle, leaf, decide, carry)
 
 
 def squared_error(residual: Tensor, factor: Factor) -> Tensor:

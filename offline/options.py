@@ -21,7 +21,8 @@ class QuantizeOptions:
     for one scale per output row. target_bits: bits per weight of the whole model, everything counted, by which bits and
     overflow are chosen for every linear. These four are SSQR's; HPTQ's are rate: bits per weight, everything counted,
     and column_steps: a step per column in linears where that is predicted to pay.
-    order: of nearest plane. calibration: file or hub dataset; samples × sequence_length tokens of it are used (0: 2048,
+    order: of nearest plane. paths: that it keeps in every row, each taking its share of the time; 1: Babai's algorithm,
+    to the letter. calibration: file or hub dataset; samples × sequence_length tokens of it are used (0: 2048,
     or what the model's positions allow). damping: λ over the Hessian's mean diagonal. drift: share of the correction
     for what the quantized linears before have done, which takes a second copy of the calibration inputs; 0: none.
     sensitivity: weigh tokens, rows and linears by how much the loss minds their errors, which takes one backward pass.
@@ -37,6 +38,7 @@ class QuantizeOptions:
     target_bits: float | None = None
     group_size: int = -1
     order: Order = "activation"
+    paths: int = 16
     calibration: str = "NeelNanda/pile-10k"
     samples: int = 128
     sequence_length: int = 0
@@ -58,6 +60,7 @@ class QuantizeOptions:
             _check("--target-bits", self.sensitivity, "used with --sensitivity", self.target_bits)
         _check("--group-size", self.group_size in GROUP_SIZES, f"one of {GROUP_SIZES}", self.group_size)
         _check("--order", self.order in ORDERS, f"one of {', '.join(ORDERS)}", self.order)
+        _check("--paths", 1 <= self.paths <= 1024, "from 1 to 1024", self.paths)
         _check("--samples", self.samples > 0, "positive", self.samples)
         _check("--sequence-length", self.sequence_length >= 0, "positive", self.sequence_length)
         _check("--damping", 0 <= self.damping <= 1, "from 0 to 1", self.damping)

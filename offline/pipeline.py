@@ -191,7 +191,7 @@ class _Run:
     ) -> QuantizedLinear:
         options = self.options
         rows = row_geometry(self.sensitivity.row_covariance(name)) if self.sensitivity else None
-        lattice = Lattice(factor, rows)
+        lattice = Lattice(factor, rows, options.paths)
         weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
         if drift is not None:
             weight = corrected(weight, factor, drift, options.drift)

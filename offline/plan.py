@@ -63,7 +63,7 @@ def forecast_model(
         for group in groups:
             factor = factorize(covariances.pop(group[0]), options.order, options.damping)
             for linear in group:
-                lattice = Lattice(factor, row_geometry(sensitivity.row_covariance(linear)))
+                lattice = Lattice(factor, row_geometry(sensitivity.row_covariance(linear)), options.paths)
                 forecasts.append(forecast(linear, linears[linear].weight, lattice, options.seed))
         advance(block, hidden, block_arguments, model.device)
     return forecasts

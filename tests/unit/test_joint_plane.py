@@ -1,5 +1,8 @@
 """Joint nearest plane is Babai's algorithm on the Kronecker product of two lattices."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor, factorize
-from vllm_babai.offline.joint_plane import RowGeometry, joint_plane, row_geometry
+from vllm_babai.offline.joint_plane import LEAF, RowGeometry, joint_plane, row_geometry
 from vllm_babai.offline.lattice import Lattice
 from vllm_babai.offline.nearest_plane import Rounding, nearest_plane
 
@@ -98,6 +101,58 @@ def test_a_price_counts_as_in_the_kronecker_lattice(share: float) -> None:
         assert torch.equal(found.integers[:, rows].flatten(), expected.integers[:, 0])
     if share == 0:
         assert torch.equal(found.integers, lattice.solve(weight, steps).integers)
+
+
+def test_many_paths_find_the_closest_point() -> None:
+    weight, lattice = random_layer(5, 20, 1)
+    found = replace(lattice, rows=None, paths=500).solve(weight, torch.ones(1, 1, dtype=torch.float64))
+    points = torch.tensor(list(product(range(-4, 5), repeat=5)), dtype=torch.float64).T
+    for row in range(20):
+        errors = ((weight[:, row, None] - points).T @ lattice.columns.unit_upper.T).square() @ lattice.columns.pivots
+        assert torch.equal(found.integers[:, row], points[:, errors.argmin()])
+
+
+@pytest.mark.parametrize("n", [60, LEAF + 44])
+def test_error_of_several_paths(n: int) -> None:
+    """It is less, as predicted, and within the bound of nearest plane."""
+    weight, one = random_layer(n, 128, 32)
+    several, steps = replace(one, paths=8), torch.linspace(0.01, 0.02, 128, dtype=torch.float64)[None]
+    errors = [lattice.error(lattice.solve(weight, steps).residual) for lattice in (one, several)]
+    expected = several.gain * several.mean_error(steps, 128)
+    assert errors[1] < 0.98 * errors[0]
+    assert errors[1] == pytest.approx(expected, rel=0.03)
+    assert errors[1] <= 3 * several.mean_error(steps, 128)
+
+
+def test_paths_of_independent_rows() -> None:
+    weight, lattice = random_layer(50, 10, 1)
+    steps = torch.full((1, 10), 0.3, dtype=torch.float64)
+    alone = replace(lattice, rows=None, paths=4)
+    assert torch.equal(alone.solve(weight, steps).integers, replace(lattice, paths=4).solve(weight, steps).integers)
+
+
+def test_several_paths_weigh_what_one_weighs() -> None:
+    """Shrinkage and prices count in what is made small."""
+    weight, lattice = random_layer(60, 40, 1)
+    pivots, steps = lattice.columns.pivots[:, None], torch.full((1, 40), 0.5, dtype=torch.float64)
+    shrinkage = 0.5 + 0.5 * torch.rand(60, 40, dtype=torch.float64)
+    price = 0.3 * torch.rand(60, 40, dtype=torch.float64)
+    rounding = Rounding(shrinkage, low=-1, high=1, price=price)
+
+    def cost(paths: int) -> float:
+        found = replace(lattice, rows=None, paths=paths).solve(weight, steps, rounding)
+        values = found.integers * steps
+        each = (found.targets - values).square() + (1 / shrinkage - 1) * values.square()
+        return float((pivots * (each + price * (found.integers.abs() > 1))).sum())
+
+    assert cost(32) < cost(4) < cost(1)
+
+
+def test_targets_shrunk_to_nothing_become_zeros() -> None:
+    weight, lattice = random_layer(30, 8, 4)
+    shrinkage = (torch.arange(30) % 3 > 0).double()[:, None].expand(30, 8)
+    found = replace(lattice, paths=4).solve(weight, torch.full((1, 8), 0.3).double(), Rounding(shrinkage))
+    assert torch.equal(found.integers.abs().amax(1) > 0, shrinkage[:, 0] > 0)
 
 
 def test_an_integer_beyond_int16_is_an_error() -> None:
