@@ -2,9 +2,8 @@
 
 **Speeds and load times are a model: no GPU has run the kernels.** A matmul takes as long as the slower of two things:
 reading its weight, at BANDWIDTH of the data sheet's, and issuing its instructions (`gate.json`), at ISSUE of what the
-schedulers can at boost clock. The coded kernels wait, too: a warp decodes a tile in steps of STEP_CYCLES. Linears and
-lm_head count; attention, the KV cache, launches and sampling do not, and cards with a low power limit do not hold their
-boost clock: these are upper limits. At 16 tokens tensor cores are nowhere the limit. To load is to read, decode, copy.
+schedulers can at boost clock. The coded kernels wait, too: a warp decodes its part in steps of STEP_CYCLES. These are
+upper limits: attention, KV cache, launches and sampling are left out, and not every card holds its boost clock.
 """
 
 import argparse
@@ -14,17 +13,18 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
+from vllm_babai.format.hptq import MAX_LANES
+from vllm_babai.format.segments import SEGMENT_WEIGHTS
+from vllm_babai.triton_kernels.coded import MAX_TOKENS
+
 GATE = json.loads((Path(__file__).parents[1] / "kernels" / "gate.json").read_text())["architectures"]
 BANDWIDTH, ISSUE = 0.85, 0.7  # assumed; integer instructions, most of ours, are issued at half the rate of others
 OVERFLOW_INSTRUCTIONS = {1: 30, 16: 120}  # per entry, from the fused kernel's machine code; a third of the lanes idle
-CODED_INSTRUCTIONS = 65  # per weight; 64 to 66 in the machine code of both coded kernels for all these GPUs
+CODED_INSTRUCTIONS = 72  # per weight; 71 or 72 in the machine code of both coded kernels for all these GPUs
 STEP_CYCLES = 300  # assumed; from one integer of a lane to its next are two loads and some 20 dependent instructions
-TILE_WEIGHTS, LANES = 1 << 15, 32  # of a warp of the coded kernels
-FUSED_TOKENS = 4  # so many are multiplied while a coded weight is decoded; for more it is decoded to bf16 before
 DISK, PCIE, CORES = 1e9, 25e9, 8  # bytes per second, of PCIe 4.0 x16; CPU cores
-SSQR_LOAD = 1 / 1.1e9  # seconds per weight, measured: checking, and laying out the overflow, on one core
-PACKED_LOAD = 1 / 160e6 / CORES + 1 / 5e9  # decoding, measured by load_time.py; laying out the overflow
-CODED_LOAD = 1 / 55e6 / CORES  # measured by load_time.py
+PACKED_RATE, CODED_RATE = 280e6, 330e6  # weights per second and core, measured: tests/benchmarks/load_time.py
+SSQR_RATE, LAYOUT_RATE = 2.4e9, 20e6  # weights checked, overflow entries laid out per second, measured on one core
 USABLE = 0.92  # of device memory: vLLM's default
 
 
@@ -63,14 +63,14 @@ class Format:
     """How linears are stored and multiplied.
 
     disk, memory: bits per weight, everything counted. seconds: of a matmul, by GPU, format, weights and tokens.
-    load: CPU seconds per weight. bits, overflow: of the kernel; share of weights beyond its dense range.
+    rate: weights per second read at load. bits, overflow: of the kernel; share of weights beyond its dense range.
     """
 
     name: str
     disk: float
     memory: float
     seconds: "Callable[[GPU, Format, int, int], float]"
-    load: float = 0.0
+    rate: float = float("inf")
     bits: int = 0
     overflow: float = 0.0
 
@@ -83,23 +83,23 @@ def fused_seconds(gpu: GPU, form: Format, weights: int, tokens: int) -> float:
     """The kernel for dense + sparse. For 16 tokens the gate has sm_90 alone; the others are as long."""
     case = f"{form.bits} bits, {tokens} token{'s' if tokens > 1 else ''}"
     dense = GATE[gpu.architecture].get(case, GATE["sm_90"][case])["instructions_per_weight"]
-    instructions = dense + form.overflow * OVERFLOW_INSTRUCTIONS[tokens]
-    return max(gpu.move(form.memory / 8 * weights), gpu.issue(instructions * weights))
+    issued = gpu.issue((dense + form.overflow * OVERFLOW_INSTRUCTIONS[tokens]) * weights)
+    return max(gpu.move(form.memory / 8 * weights), issued)
 
 
 def coded_seconds(gpu: GPU, form: Format, weights: int, tokens: int) -> float:
     """The kernel that multiplies what it decodes, or the decoder and a bf16 product."""
-    turns = ceil(ceil(weights / TILE_WEIGHTS) / (gpu.processors * gpu.warps))
-    waiting = turns * TILE_WEIGHTS / LANES * STEP_CYCLES / gpu.clock
+    turns = ceil(weights / SEGMENT_WEIGHTS / (gpu.processors * gpu.warps))
+    waiting = turns * SEGMENT_WEIGHTS / MAX_LANES * STEP_CYCLES / gpu.clock
     decoding = max(waiting, gpu.issue(CODED_INSTRUCTIONS * weights))
-    if tokens <= FUSED_TOKENS:
+    if tokens <= MAX_TOKENS:
         return max(decoding, gpu.move(form.memory / 8 * weights))
     return max(decoding, gpu.move((form.memory / 8 + 2) * weights)) + gpu.move(2 * weights)
 
 
-def dense_sparse(name: str, disk: float, width: float, load: float, bits: int, overflow: float) -> Format:
+def dense_sparse(name: str, disk: float, width: float, rate: float, bits: int, overflow: float) -> Format:
     """In memory: 16 bits an overflow entry, 32 for every row of 2048 columns, 16 for a row's scale."""
-    return Format(name, disk, width + 16 * overflow + 32 / 2048 + 16 / 4096, fused_seconds, load, bits, overflow)
+    return Format(name, disk, width + 16 * overflow + 32 / 2048 + 16 / 4096, fused_seconds, rate, bits, overflow)
 
 
 GPUS = (  # data sheets and architecture papers of the vendor; L4's memory is less by what ECC takes
@@ -113,18 +113,17 @@ MODELS = {
     "Llama-3-8B": Model(32, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)), 128256 * 4096),
     "Qwen3-32B": Model(64, ((10240, 5120), (5120, 8192), (51200, 5120), (5120, 25600)), 151936 * 5120),
 }
-# Bits of an overflow entry on disk: format/overflow.py. Packed: the mean width that the reference model's linears take.
-FORMATS = (
+FORMATS = (  # bits of an overflow entry on disk: format/overflow.py; packed has the reference model's mean width
     Format("bf16", 16, 16, bf16_seconds),
-    dense_sparse("SSQR 4 bits", 4 + 0.01 * 10.5 + 16 / 4096, 4, SSQR_LOAD, 4, 0.01),
-    dense_sparse("SSQR 3 bits", 3 + 0.01 * 9.3 + 16 / 4096, 3, SSQR_LOAD, 3, 0.01),
-    dense_sparse("HPTQ 3.125 `packed`", 3.125, 4.9, PACKED_LOAD, 4, 0.004),
-    Format("HPTQ 3.125 `coded`", 3.125, 3.16, coded_seconds, CODED_LOAD),
+    dense_sparse("SSQR 4 bits", 4 + 0.01 * 10.5 + 16 / 4096, 4, SSQR_RATE, 4, 0.01),
+    dense_sparse("SSQR 3 bits", 3 + 0.01 * 9.3 + 16 / 4096, 3, SSQR_RATE, 3, 0.01),
+    dense_sparse("HPTQ 3.125 `packed`", 3.125, 4.9, CORES * PACKED_RATE, 4, 0.004),
+    Format("HPTQ 3.125 `coded`", 3.125, 3.22, coded_seconds, CORES * CODED_RATE),
 )
 
 
 def speed(gpu: GPU, form: Format, model: Model) -> str:
-    """Tokens per second of 1 and of 16 requests, all together, to two digits."""
+    """Tokens per second of 1 and of 16 requests, all together, to two digits; lm_head is multiplied in bf16."""
     rates = []
     for tokens in (1, 16):
         block = sum(form.seconds(gpu, form, rows * columns, tokens) for rows, columns in model.linears)
@@ -141,7 +140,7 @@ def main() -> None:
     print("|---" * (4 + len(GPUS)) + "|")
     for form in FORMATS:
         stored, held = (bits / 8 * weights + 4 * model.embeddings for bits in (form.disk, form.memory))
-        load = stored / DISK + form.load * weights + held / PCIE
+        load = stored / DISK + weights * (1 / form.rate + form.overflow / LAYOUT_RATE) + held / PCIE
         speeds = (speed(gpu, form, model) if held < USABLE * gpu.memory else "does not fit" for gpu in GPUS)
         print("|", " | ".join([form.name, f"{stored / 1e9:.1f}", f"{held / 1e9:.1f}", f"{load:.0f}", *speeds]), "|")
 
