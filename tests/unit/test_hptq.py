@@ -1,8 +1,10 @@
 """HPTQ blobs: any integers survive, damage is noticed, and the size is that of the entropy."""
 
+import os
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,6 +217,19 @@ def test_streams_are_checked_even_where_the_crc_is_right() -> None:
     coded.words[len(coded.words) // 2] ^= 1
     with pytest.raises(FormatError, match="damaged stream"):
         decode_integers(coded)
+
+
+def test_processors_without_vector_instructions_decode_the_same() -> None:
+    script = f"""if True:
+        import sys, torch
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_hptq import encoded, gaussian
+        z = gaussian(512, 1100, 1.5)
+        z[3, ::70] = 20000
+        sys.exit(not torch.equal(encoded(z).decode().integers, z))
+    """
+    generic = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    assert subprocess.run([sys.executable, "-c", script], env=generic).returncode == 0
 
 
 def test_importing_the_format_does_not_import_numba() -> None:

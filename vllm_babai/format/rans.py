@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from vllm_babai.format.rans_vector import LANES as VECTOR
+from vllm_babai.format.rans_vector import decode_vector
 from vllm_babai.format.tables import CENTRE, ESCAPE, PRECISION, TOTAL
 
 INITIAL_STATE = 1 << 16
-u32 = np.uint32
+u32, u64 = np.uint32, np.uint64
 
 
 def compiled(function: Any) -> Any:
@@ -87,61 +89,69 @@ def decode_rows(words, position, end, state, row_class, column_class, lut, offse
     """Decode rows of a tile from `position` in words on: the position behind them, or −1 when it is beyond `end`.
 
     words: uint16, with 2 · lanes words or more behind `end`. state: uint32 [lanes], changed in place. row_class,
-    column_class: integers [rows], [columns] of what is decoded, their sum is the context. lut: see
-    `tables.decoder_table`. out: int16; takes the rows at `top`, `left`.
+    column_class: int32 [rows], [columns] of what is decoded, their sum is the context. lut: see `tables.decoder_table`.
+    out: int16; takes the rows at `top`, `left`.
     """
-    columns, lanes, at, last = len(column_class), len(state), np.uint64(position), np.uint64(end)
-    narrow, precision, low_mask = u32(shift), u32(PRECISION + shift), u32((1 << shift) - 1)
-    centre, entries = u32(offset - (CENTRE << shift)), np.empty(lanes, np.uint32)
+    columns, lanes = len(column_class), len(state)
+    narrow, centre, entries = u32(shift), u32(offset - (CENTRE << shift)), np.empty(lanes, np.uint32)
     for row in range(len(row_class)):
-        context = u32(row_class[row])
-        line = out[top + row][left : left + columns]
-        for start in range(0, columns, lanes):
-            if at > last:
-                return np.int64(-1)
-            stop = min(start + lanes, columns)
-            active, integers = state[: stop - start], line[start:stop]
-            look_up(active, context, column_class[start:stop], lut, narrow, entries)
-            advance(active, entries, centre, narrow, precision, low_mask, integers)
-            at = refill(active, entries, words, at, integers)
-    return np.int64(at)
+        context, integers = u32(row_class[row]), out[top + row][left:]
+        for column in range(0, columns, lanes):
+            if position > end:
+                return -1
+            lane, active = 0, min(lanes, columns - column)
+            while lane + VECTOR <= active:
+                at = decode_vector(
+                    words, position, state, context, column_class, lut, narrow, centre, integers, lane, column + lane
+                )
+                if at < 0:
+                    break
+                position, lane = at, lane + VECTOR
+            if lane < active:
+                some, first = (u64(lane), u64(active)), u64(column)
+                look_up(some, state, context, column_class, first, lut, narrow, entries)
+                advance(some, state, entries, centre, narrow, integers, first)
+                position = np.int64(refill(some, state, entries, words, u64(position), integers, first))
+    return position
 
 
-# Three loops over the lanes, not one: the compiler makes vector instructions of the one in the middle. And numba widens
-# mixed integers to 64 bits: everything is cast so that the loops stay in 32.
+# Where there is no `decode_vector`, three loops over some lanes, not one: the compiler makes vector instructions of the
+# one in the middle. For the sake of speed, numba is kept from widening integers to 64 bits, by casts; from asking
+# whether an index is negative, by unsigned ones; and from counting references, as slices would make it do.
 
 
 @compiled
-def look_up(state, context, column_class, lut, narrow, entries):
+def look_up(some, state, context, column_class, first, lut, narrow, entries):
     """Entries of the table that the states point to."""
-    for lane in range(len(state)):
-        table = u32(u32(context + u32(column_class[lane])) << u32(PRECISION))
+    for lane in range(some[0], some[1]):
+        table = u32(u32(context + u32(column_class[first + lane])) << u32(PRECISION))
         entries[lane] = lut[u32(table + u32(u32(state[lane] >> narrow) & u32(TOTAL - 1)))]
 
 
 @compiled
-def advance(state, entries, centre, narrow, precision, low_mask, integers):
+def advance(some, state, entries, centre, narrow, integers, first):
     """The integers of these entries, and the states behind them."""
-    for lane in range(len(state)):
+    low_mask, precision = u32(u32(u32(1) << narrow) - u32(1)), u32(narrow + u32(PRECISION))
+    for lane in range(some[0], some[1]):
         entry, x = entries[lane], state[lane]
-        integers[lane] = np.int16(u32(u32(u32(entry >> u32(24)) << narrow) + u32(x & low_mask)) + centre)
+        integers[first + lane] = np.int16(u32(u32(u32(entry >> u32(24)) << narrow) + u32(x & low_mask)) + centre)
         frequency = u32(u32(entry & u32(TOTAL - 1)) + u32(1))
         inside = u32(u32(entry >> u32(PRECISION)) & u32(TOTAL - 1))
         state[lane] = u32(u32(frequency * u32(x >> precision)) + inside)
 
 
 @compiled
-def refill(state, entries, words, position, integers):
+def refill(some, state, entries, words, position, integers, first):
     """Take the words that states need, and the integers that were escaped: the position behind those."""
-    for lane in range(len(state)):
+    for lane in range(some[0], some[1]):
         x = state[lane]
         # the word is read whether needed or not: a choice of values does not stall where a branch would
         refilled, needs_word = u32(x << u32(16)) | u32(words[position]), x < u32(INITIAL_STATE)
         state[lane] = refilled if needs_word else x
-        position += np.uint64(needs_word)
+        position += u64(needs_word)
         if entries[lane] >= u32(ESCAPE << 24):
-            integers[lane] = np.int16(words[position])
-            position += np.uint64(1)
+            integers[first + lane] = np.int16(words[position])
+            position += u64(1)
     return position
 
 

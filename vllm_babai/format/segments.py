@@ -53,31 +53,38 @@ def cut_segments(coded: Coded, window_rows: slice, window_columns: slice) -> Seg
     height = max(1, SEGMENT_WEIGHTS // shape.tile_columns)
     left = window_columns.start // shape.tile_columns
 
-    def cut(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Words, table and states of the segments of one tile."""
+    def seek(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows where the segments of a tile begin and the last one ends, and position and states in front of each."""
         row_start, row_stop, column_start, column_stop = shape.tile(index)
         top, bottom = max(window_rows.start, row_start), min(window_rows.stop, row_stop)
-        cuts = np.append(np.arange(top, bottom, height), bottom)
+        cuts = np.array([*range(top, bottom, height), bottom])
         positions, states = np.empty(len(cuts), np.int64), np.zeros((len(cuts), MAX_LANES), np.uint32)
         classes = model.classes.rows[row_start:row_stop], model.classes.columns[column_start:column_stop]
         code = (*classes, lut, model.offset, model.shift, shape.lanes)
         if not rans.seek_rows(coded.words, *coded.span(index), *code, cuts - row_start, positions, states):
             raise FormatError(f"codes blob has a damaged stream (tile {index})")
-        slot = index % shape.across - left
-        columns = column_start - window_columns.start, column_stop - column_start, slot * shape.tile_columns, slot
-        rows = cuts[:-1] - window_rows.start, np.diff(cuts)
-        fields = positions[:-1] - positions[0], *rows, *columns, shape.lanes, model.shift, model.offset
-        table = np.stack(np.broadcast_arrays(*fields), axis=1).astype(np.int32)
-        return coded.words[positions[0] : positions[-1]], table, states[:-1]
+        return cuts, positions, states
 
-    tiles = parallel_map(cut, shape.overlapping(window_rows, window_columns))
-    words, tables, states = zip(*tiles, strict=True)
-    for table, begin in zip(tables, accumulate(map(len, words), initial=0), strict=False):
-        table[:, BEGIN] += begin
-    row_class, column_class = model.classes.rows[window_rows], model.classes.columns[left * shape.tile_columns :]
-    across = -(-window_columns.stop // shape.tile_columns) - left
+    tiles = shape.overlapping(window_rows, window_columns)
+    cuts, positions, states = zip(*parallel_map(seek, tiles), strict=True)
+    words = [coded.words[at[0] : at[-1]] for at in positions]
+    moved = [first - at[0] for first, at in zip(accumulate(map(len, words), initial=0), positions, strict=False)]
+
+    tile = np.repeat(np.arange(len(tiles)), [len(rows) - 1 for rows in cuts])  # of each segment
+    slot = np.array(tiles)[tile] % shape.across - left
+    begin = np.concatenate([at[:-1] for at in positions]) + np.array(moved)[tile]
+    row, row_stop = (np.concatenate([rows[of_segments] for rows in cuts]) for of_segments in (np.s_[:-1], np.s_[1:]))
+    column, column_stop = np.array([shape.tile(index)[2:] for index in tiles]).T[:, tile]
+    rows, columns = (row - window_rows.start, row_stop - row), (column - window_columns.start, column_stop - column)
+    fields = begin, *rows, *columns, slot * shape.tile_columns, slot, shape.lanes, model.shift, model.offset
     return Segments(
-        np.concatenate(words), np.concatenate(tables), np.concatenate(states), row_class, column_class, lut, across
+        np.concatenate(words),
+        np.stack(np.broadcast_arrays(*fields), axis=1).astype(np.int32),
+        np.concatenate([states_of_tile[:-1] for states_of_tile in states]),
+        model.classes.rows[window_rows],
+        model.classes.columns[left * shape.tile_columns :],
+        lut,
+        -(-window_columns.stop // shape.tile_columns) - left,
     )
 
 
