@@ -6,6 +6,7 @@ One `Reader` per checkpoint format says which tensors a linear has and how a win
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -15,14 +16,13 @@ from torch import Tensor
 from vllm_babai.format import (
     BIT_WIDTHS,
     FormatError,
-    LatticeWeight,
     LayerScheme,
     Overflow,
     decode_overflow,
     packed_bytes,
     read_header,
 )
-from vllm_babai.format.hptq import Coded, decode_integers, read_blob
+from vllm_babai.format.hptq import Coded, bands, decode_band, read_blob
 from vllm_babai.format.segments import Segments, cut_segments, stack_segments
 from vllm_babai.format.ssqr import dense_crc
 from vllm_babai.format.steps import column_factors
@@ -82,20 +82,24 @@ class RankWeight:
 
 
 @dataclass(frozen=True)
-class CodedWeight:
-    """The part of a linear or of a layer that a rank holds, entropy coded.
+class CodedWindow:
+    """A window of a linear whose streams are yet to be decoded. scales: bfloat16 [rows of the window, groups]."""
 
-    scales: bfloat16 [out, groups]. column_exponents: int16 [in] of the columns' steps, or None.
+    coded: Coded
+    window: Window
+    scales: Tensor
+
+
+@dataclass(frozen=True)
+class CodedWeight:
+    """The part of a linear layer that a rank holds, entropy coded.
+
+    scales: bfloat16 [out, groups]. input_scales: bfloat16 [in], to multiply the inputs with, or None.
     """
 
     segments: Segments
     scales: Tensor
-    column_exponents: Tensor | None
-
-    @property
-    def input_scales(self) -> Tensor | None:
-        """bfloat16 [in], to multiply the inputs with, or None."""
-        return None if self.column_exponents is None else column_factors(self.column_exponents)
+    input_scales: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -143,29 +147,11 @@ def ssqr_column_multiple(scheme: LayerScheme) -> int:
     return whole_bytes if scheme.group_size == -1 else math.lcm(whole_bytes, scheme.group_size)
 
 
-def read_hptq(linear: StoredLinear, scheme: LayerScheme) -> list[LatticeWeight]:
-    """Check the tensors of an HPTQ linear against the layer and each other, then decode the tiles of the windows.
+def read_hptq(linear: StoredLinear, scheme: LayerScheme) -> list[CodedWindow]:
+    """Check the tensors of an HPTQ linear against the layer and each other; its streams stay coded.
 
     The scales of the result are per row, those of one matrix can then be stacked with another's.
     """
-    coded, scales = _check_hptq(linear, scheme)
-    return [
-        LatticeWeight(decode_integers(coded, *window), scales[window.rows, _groups(window, scheme)], exponents)
-        for window, exponents in _windows(linear, coded)
-    ]
-
-
-def read_coded(linear: StoredLinear, scheme: LayerScheme) -> list[CodedWeight]:
-    """As `read_hptq`, but the streams stay coded; each of the windows' tiles is decoded once to find its segments."""
-    coded, scales = _check_hptq(linear, scheme)
-    return [
-        CodedWeight(cut_segments(coded, *window), scales[window.rows, _groups(window, scheme)], exponents)
-        for window, exponents in _windows(linear, coded)
-    ]
-
-
-def _check_hptq(linear: StoredLinear, scheme: LayerScheme) -> tuple[Coded, Tensor]:
-    """The blob taken apart, and scales per row, bfloat16 [rows, groups]."""
     blob, scales = linear.tensors["codes"], linear.tensors["scales"]
     coded, (rows, columns) = read_blob(blob), linear.shape
     stored, groups = coded.shape, scheme.groups(columns)
@@ -174,13 +160,8 @@ def _check_hptq(linear: StoredLinear, scheme: LayerScheme) -> tuple[Coded, Tenso
     if scales.shape != (1, groups):
         _check_shape("scales", scales, (rows, groups))
     coded.check_scales(scales)
-    return coded, scales.expand(rows, -1)
-
-
-def _windows(linear: StoredLinear, coded: Coded) -> list[tuple[Window, Tensor | None]]:
-    """Each window with the exponents of its columns' steps."""
-    exponents = coded.exponents
-    return [(window, None if exponents is None else exponents[window.columns]) for window in linear.windows]
+    by_row = scales.expand(rows, -1)
+    return [CodedWindow(coded, window, by_row[window.rows, _groups(window, scheme)]) for window in linear.windows]
 
 
 def hptq_column_multiple(scheme: LayerScheme) -> int:
@@ -188,30 +169,39 @@ def hptq_column_multiple(scheme: LayerScheme) -> int:
     return max(1, scheme.group_size)
 
 
-def pack_lattice(weights: Sequence[LatticeWeight]) -> RankWeight:
+def pack_windows(parts: Sequence[CodedWindow]) -> RankWeight:
     """Linears below each other, dense + sparse with the fewest bits that leave little overflow. Raises FormatError."""
-    from vllm_babai.format.split import split
+    from vllm_babai.format.split import Band, split
 
-    check_column_steps(weights)
-    bits, qweight, overflow = split([weight.integers for weight in weights], HPTQ_OVERFLOW)
-    scales = torch.cat([weight.scales for weight in weights])
-    return RankWeight(bits, qweight, scales, overflow, weights[0].input_scales)
-
-
-def stack_coded(weights: Sequence[CodedWeight]) -> CodedWeight:
-    """Coded linears below each other. Raises FormatError."""
-    check_column_steps(weights)
-    segments = stack_segments([weight.segments for weight in weights])
-    return CodedWeight(segments, torch.cat([weight.scales for weight in weights]), weights[0].column_exponents)
+    input_scales = common_input_scales(parts)
+    columns = parts[0].window.columns
+    every = [
+        Band(rows.stop - rows.start, partial(decode_band, part.coded, rows, part.window.columns))
+        for part in parts
+        for rows in bands(part.coded, part.window.rows)
+    ]
+    bits, qweight, overflow = split(every, columns.stop - columns.start, HPTQ_OVERFLOW)
+    return RankWeight(bits, qweight, torch.cat([part.scales for part in parts]), overflow, input_scales)
 
 
-def check_column_steps(weights: Sequence[LatticeWeight] | Sequence[CodedWeight]) -> None:
-    """Raise FormatError when the columns of linears have other steps: the layer has one input to scale."""
-    every = (weight.column_exponents for weight in weights)
+def segment_windows(parts: Sequence[CodedWindow]) -> CodedWeight:
+    """Linears below each other, with the streams that they are stored in. Raises FormatError."""
+    input_scales = common_input_scales(parts)
+    segments = stack_segments([cut_segments(part.coded, *part.window) for part in parts])
+    return CodedWeight(segments, torch.cat([part.scales for part in parts]), input_scales)
+
+
+def common_input_scales(parts: Sequence[CodedWindow]) -> Tensor | None:
+    """Factors of the columns, bfloat16 [in], or None.
+
+    Raises FormatError when the columns of linears have other steps: the layer has one input to scale.
+    """
+    every = [None if part.coded.exponents is None else part.coded.exponents[part.window.columns] for part in parts]
     if len({None if exponents is None else exponents.numpy().tobytes() for exponents in every}) > 1:
         raise FormatError(
             "vLLM fuses them, but their columns have different steps; `babai convert --to dense` makes them servable"
         )
+    return None if every[0] is None else column_factors(every[0])
 
 
 HPTQ_TENSORS = {"codes": torch.uint8, "scales": torch.bfloat16}
@@ -222,9 +212,11 @@ READERS = {
         stack=RankWeight.stack,
         column_multiple=ssqr_column_multiple,
     ),
-    "hptq": Reader(HPTQ_TENSORS, read=read_hptq, stack=pack_lattice, column_multiple=hptq_column_multiple),
+    "hptq": Reader(HPTQ_TENSORS, read=read_hptq, stack=pack_windows, column_multiple=hptq_column_multiple),
 }
-CODED_READERS = {"hptq": Reader(HPTQ_TENSORS, read=read_coded, stack=stack_coded, column_multiple=hptq_column_multiple)}
+CODED_READERS = {
+    "hptq": Reader(HPTQ_TENSORS, read=read_hptq, stack=segment_windows, column_multiple=hptq_column_multiple)
+}
 
 
 def read_layer(reader: Reader, parts: Mapping[str, list[Part]], sizes: Mapping[str, int], scheme: LayerScheme) -> Any:

@@ -19,7 +19,7 @@ import torch
 
 from vllm_babai.coded import CodedTensors, coded_tensors
 from vllm_babai.format import HPTQ, LatticeWeight, LayerScheme
-from vllm_babai.reader import RankWeight, StoredLinear, Window, pack_lattice, read_coded, read_hptq, stack_coded
+from vllm_babai.reader import RankWeight, StoredLinear, Window, pack_windows, read_hptq, segment_windows
 from vllm_babai.triton_kernels import device_layout
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
@@ -44,11 +44,11 @@ def stored_linear(rows: int, columns: int, rate: float) -> StoredLinear:
 
 
 def load_packed(linear: StoredLinear) -> RankWeight:
-    return pack_lattice(read_hptq(linear, LayerScheme(None)))
+    return pack_windows(read_hptq(linear, LayerScheme(None)))
 
 
 def load_coded(linear: StoredLinear) -> CodedTensors:
-    weight = stack_coded(read_coded(linear, LayerScheme(None)))
+    weight = segment_windows(read_hptq(linear, LayerScheme(None)))
     return coded_tensors(weight.segments, weight.scales, CPU)
 
 

@@ -14,7 +14,10 @@ Huffman in place of rANS decoded 260 million weights per second and core, rANS 3
 
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -85,6 +88,11 @@ class Coded:
     scales_crc: int
     ends: np.ndarray
     words: np.ndarray
+
+    @cached_property
+    def lut(self) -> np.ndarray:
+        """See `tables.decoder_table`."""
+        return decoder_table(self.model.frequencies)
 
     def span(self, tile: int) -> tuple[int, int]:
         """Where a tile's stream begins and ends in the words."""
@@ -200,29 +208,50 @@ def decode_integers(coded: Coded, row_window: slice | None = None, column_window
     Windows need no alignment: the tiles that overlap the window are decoded, then cut. Raises FormatError when a stream
     is damaged, ValueError when the window leaves the matrix.
     """
+    rows = _bounds(row_window, coded.shape.rows, "row")
+    columns = _bounds(column_window, coded.shape.columns, "column")
+    decode, integers = _decoder(coded, rows, columns)
+    parallel_map(decode, coded.shape.overlapping(rows, columns))
+    return torch.from_numpy(np.ascontiguousarray(integers))
+
+
+def bands(coded: Coded, rows: slice) -> list[slice]:
+    """Rows of a window, cut where tiles are."""
+    height = coded.shape.tile_rows
+    cuts = [rows.start, *range((rows.start // height + 1) * height, rows.stop, height), rows.stop]
+    return [slice(*band) for band in pairwise(cuts)]
+
+
+def decode_band(coded: Coded, rows: slice, columns: slice) -> np.ndarray:
+    """As `decode_integers` on this thread alone, for rows that `bands` gave: int16 [rows, columns]."""
+    decode, integers = _decoder(coded, rows, columns)
+    for tile in coded.shape.overlapping(rows, columns):
+        decode(tile)
+    return np.ascontiguousarray(integers)
+
+
+def _decoder(coded: Coded, rows: slice, columns: slice) -> tuple[Callable[[int], None], np.ndarray]:
+    """A function that decodes one tile, and where the window is when it has been called for all that overlap it."""
     from vllm_babai.format import rans
 
     shape, model = coded.shape, coded.model
-    rows = _bounds(row_window, shape.rows, "row")
-    columns = _bounds(column_window, shape.columns, "column")
-    top, bottom = rows.start // shape.tile_rows, -(-rows.stop // shape.tile_rows)
-    left, right = columns.start // shape.tile_columns, -(-columns.stop // shape.tile_columns)
-    first_row, first_column = top * shape.tile_rows, left * shape.tile_columns
-    last_row, last_column = min(bottom * shape.tile_rows, shape.rows), min(right * shape.tile_columns, shape.columns)
-    covered = np.empty((last_row - first_row, last_column - first_column), np.int16)
-    classes = model.classes.rows[first_row:], model.classes.columns[first_column:]
-    common = (*classes, decoder_table(model.frequencies), model.offset, model.shift, shape.lanes, covered)
+    top, left = (
+        rows.start // shape.tile_rows * shape.tile_rows,
+        columns.start // shape.tile_columns * shape.tile_columns,
+    )
+    bottom = min(-(-rows.stop // shape.tile_rows) * shape.tile_rows, shape.rows)
+    right = min(-(-columns.stop // shape.tile_columns) * shape.tile_columns, shape.columns)
+    covered = np.empty((bottom - top, right - left), np.int16)
+    classes = model.classes.rows[top:], model.classes.columns[left:]
+    common = (*classes, coded.lut, model.offset, model.shift, shape.lanes, covered)
 
     def decode(index: int) -> None:
         row_start, row_stop, column_start, column_stop = shape.tile(index)
-        tile = (row_start - first_row, row_stop - first_row, column_start - first_column, column_stop - first_column)
+        tile = (row_start - top, row_stop - top, column_start - left, column_stop - left)
         if not rans.decode_tile(coded.words, *coded.span(index), tile, *common):
             raise FormatError(f"codes blob has a damaged stream (tile {index})")
 
-    parallel_map(decode, shape.overlapping(rows, columns))
-    inside = covered[rows.start - first_row : rows.stop - first_row]
-    inside = inside[:, columns.start - first_column : columns.stop - first_column]
-    return torch.from_numpy(np.ascontiguousarray(inside))
+    return decode, covered[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
 
 
 def _cut(rows: int, columns: int) -> Shape:

@@ -14,7 +14,7 @@ import numpy as np
 from vllm_babai.format.errors import FormatError
 from vllm_babai.format.hptq import MAX_LANES, Coded
 from vllm_babai.format.parallel import parallel_map
-from vllm_babai.format.tables import TOTAL, decoder_table
+from vllm_babai.format.tables import TOTAL
 
 SEGMENT_WEIGHTS = 1 << 14  # about: a segment is whole rows of a tile
 BEGIN, ROW, CLASSES = 0, 1, 5  # what moves in a table when segments are put behind others
@@ -49,7 +49,6 @@ def cut_segments(coded: Coded, window_rows: slice, window_columns: slice) -> Seg
     from vllm_babai.format import rans
 
     shape, model = coded.shape, coded.model
-    lut = decoder_table(model.frequencies)
     height = max(1, SEGMENT_WEIGHTS // shape.tile_columns)
     left = window_columns.start // shape.tile_columns
 
@@ -60,7 +59,7 @@ def cut_segments(coded: Coded, window_rows: slice, window_columns: slice) -> Seg
         cuts = np.array([*range(top, bottom, height), bottom])
         positions, states = np.empty(len(cuts), np.int64), np.zeros((len(cuts), MAX_LANES), np.uint32)
         classes = model.classes.rows[row_start:row_stop], model.classes.columns[column_start:column_stop]
-        code = (*classes, lut, model.offset, model.shift, shape.lanes)
+        code = (*classes, coded.lut, model.offset, model.shift, shape.lanes)
         if not rans.seek_rows(coded.words, *coded.span(index), *code, cuts - row_start, positions, states):
             raise FormatError(f"codes blob has a damaged stream (tile {index})")
         return cuts, positions, states
@@ -83,7 +82,7 @@ def cut_segments(coded: Coded, window_rows: slice, window_columns: slice) -> Seg
         np.concatenate([states_of_tile[:-1] for states_of_tile in states]),
         model.classes.rows[window_rows],
         model.classes.columns[left * shape.tile_columns :],
-        lut,
+        coded.lut,
         -(-window_columns.stop // shape.tile_columns) - left,
     )
 

@@ -3,8 +3,9 @@
 The same as `SSQR.encode` without the overflow blob. Importing this module imports numba: import it where it is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,41 +16,56 @@ from vllm_babai.format.packing import BIT_WIDTHS, packed_bytes
 from vllm_babai.format.parallel import parallel_map
 from vllm_babai.format.rans import compiled
 
-ROWS_AT_A_TIME = 64
+WIDTHS = np.array(BIT_WIDTHS)
+SAMPLE = 16  # one of so many bands tells the width that is tried first
 
 
-def split(integers: Sequence[Tensor], overflow_rate: float) -> tuple[int, Tensor, Overflow]:
-    """Matrices below each other, int16 [out, in] each, |z| ≤ 2¹⁵ − 1 → bits, dense part, overflow.
+class Band(NamedTuple):
+    """Rows of a matrix. integers(): int16 [rows, in], |z| ≤ 2¹⁵ − 1, called more than once."""
+
+    rows: int
+    integers: Callable[[], np.ndarray]
+
+
+def split(bands: Sequence[Band], columns: int, overflow_rate: float) -> tuple[int, Tensor, Overflow]:
+    """Bands below each other, of so many columns → bits, dense part, overflow.
 
     bits: the smallest width of which less than `overflow_rate` of the weights overflow, or the largest there is.
-    Dense part: uint8 [out, packed_bytes(in, bits)], see `format.packing`.
+    Dense part: uint8 [out, packed_bytes(in, bits)], see `format.packing`. Every band is packed while it is in the
+    cache, with the bits that a sample of them needs; rarely all of them need others, and are packed again.
     """
-    matrices = [np.ascontiguousarray(matrix.numpy()) for matrix in integers]
-    first_rows = list(accumulate(map(len, matrices), initial=0))
-    blocks = [
-        (matrix[row : row + ROWS_AT_A_TIME], first_row + row)
-        for matrix, first_row in zip(matrices, first_rows, strict=False)
-        for row in range(0, len(matrix), ROWS_AT_A_TIME)
-    ]
-    widths = np.array(BIT_WIDTHS)
-    counts = parallel_map(lambda block: count_overflow(block[0], widths), blocks)
-    by_block = np.array(counts, np.int64).reshape(-1, len(widths))
-    rows, columns = first_rows[-1], matrices[0].shape[1]
-    small_enough = by_block.sum(0) < overflow_rate * rows * columns
-    width = int(np.argmax(small_enough)) if small_enough.any() else len(widths) - 1
-    bits, ends = BIT_WIDTHS[width], np.cumsum(by_block[:, width])
+    sample = bands[::SAMPLE]
+    counts = parallel_map(lambda band: count_overflow(band.integers(), WIDTHS), sample)
+    bits = _smallest_width(counts, columns * sum(band.rows for band in sample), overflow_rate)
+    counts, packed, overflow = _pack(bands, columns, bits)
+    needed = _smallest_width(counts, columns * len(packed), overflow_rate)
+    if needed != bits:
+        _, packed, overflow = _pack(bands, columns, needed)
+    return needed, torch.from_numpy(packed), overflow
 
+
+def _smallest_width(counts: Sequence[np.ndarray], weights: int, overflow_rate: float) -> int:
+    small_enough = np.sum(counts, axis=0) < overflow_rate * weights
+    return BIT_WIDTHS[int(np.argmax(small_enough))] if small_enough.any() else BIT_WIDTHS[-1]
+
+
+def _pack(bands: Sequence[Band], columns: int, bits: int) -> tuple[list[np.ndarray], np.ndarray, Overflow]:
+    """How many integers of each band do not fit each width, the dense part, and the overflow."""
+    *first_rows, rows = accumulate((band.rows for band in bands), initial=0)
     packed = np.empty((rows, packed_bytes(columns, bits)), np.uint8)
-    row, column, excess = (np.empty(ends[-1] if len(ends) else 0, np.int32) for _ in range(3))
 
-    def pack(index: int) -> None:
-        block, first_row = blocks[index]
-        listed = slice(ends[index - 1] if index else 0, ends[index])
-        split_rows(block, bits, packed[first_row:], row[listed], column[listed], excess[listed])
-        row[listed] += first_row
+    def pack(band: Band, first_row: int) -> tuple[np.ndarray, np.ndarray]:
+        integers = band.integers()
+        counts = count_overflow(integers, WIDTHS)
+        overflow = np.empty((3, counts[BIT_WIDTHS.index(bits)]), np.int32)
+        split_rows(integers, bits, packed[first_row:], *overflow)
+        overflow[0] += first_row
+        return counts, overflow
 
-    parallel_map(pack, range(len(blocks)))
-    return bits, torch.from_numpy(packed), Overflow(*(torch.from_numpy(axis) for axis in (row, column, excess)))
+    results = parallel_map(lambda band: pack(*band), zip(bands, first_rows, strict=True))
+    counts, overflows = zip(*results, strict=True)
+    overflow = Overflow(*(torch.from_numpy(axis) for axis in np.concatenate(overflows, axis=1)))
+    return list(counts), packed, overflow
 
 
 @compiled
@@ -121,8 +137,13 @@ def close_gaps(octets, bits, words):
 
 @compiled
 def store(words, bits, packed):
-    """The lowest `bits` bytes of each word, as far as there is room."""
-    for octet in range(len(words)):
-        word, first = words[octet], octet * bits
-        for byte in range(min(bits, len(packed) - first)):
-            packed[first + byte] = np.uint8(word >> np.uint64(8 * byte))
+    """The lowest `bits` bytes of each word. Eight are written where there is room: one instruction does it."""
+    whole = max(0, (len(packed) - 8) // bits + 1)
+    for octet in range(whole):
+        word, first = words[octet], np.uint64(octet * bits)
+        for byte in range(np.uint64(8)):
+            packed[first + byte] = np.uint8(word >> (np.uint64(8) * byte))
+    for octet in range(whole, len(words)):
+        word, first = words[octet], np.uint64(octet * bits)
+        for byte in range(np.uint64(min(bits, len(packed) - octet * bits))):
+            packed[first + byte] = np.uint8(word >> (np.uint64(8) * byte))
