@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_babai.coded import CodedTensors
+from vllm_babai.format.segments import FIELDS
 from vllm_babai.format.tables import CENTRE, ESCAPE, PRECISION
 from vllm_babai.triton_kernels.configs import Target
 from vllm_babai.triton_kernels.unpack import round_to
@@ -18,6 +19,7 @@ _PRECISION = tl.constexpr(PRECISION)
 _FIELD = tl.constexpr((1 << PRECISION) - 1)
 _CENTRE = tl.constexpr(CENTRE)
 _ESCAPE = tl.constexpr(ESCAPE)
+_FIELDS = tl.constexpr(len(FIELDS))
 WARP = tl.constexpr(32)
 
 
@@ -99,7 +101,7 @@ def load_segment(words_ptr, segments_ptr, states_ptr, index):
     Its stream; state of every lane, uint32; (first row, row behind the last); (first column, columns, where the first
     one's class is, segments to the left); (lanes, shift, integer of symbol 0).
     """
-    field = segments_ptr + index.to(tl.int64) * 10
+    field = segments_ptr + index.to(tl.int64) * _FIELDS
     stream = words_ptr + tl.load(field)
     state = tl.load(states_ptr + index.to(tl.int64) * WARP + tl.arange(0, WARP)).to(tl.uint32, bitcast=True)
     row = tl.load(field + 1)

@@ -9,11 +9,12 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_babai.format.hptq import MAX_LANES
-from vllm_babai.format.segments import Segments
+from vllm_babai.format.segments import FIELDS, Segments
 from vllm_babai.ops import library
 
 BACKENDS = {"cpu": "vllm_babai.cpu_entropy", "cuda": "vllm_babai.triton_kernels.coded"}
@@ -22,7 +23,7 @@ BACKENDS = {"cpu": "vllm_babai.cpu_entropy", "cuda": "vllm_babai.triton_kernels.
 class CodedTensors(NamedTuple):
     """The streams of one linear layer in device memory, see `format.segments`.
 
-    words: int16 [words], with room behind. segments: int32 [segments, 10]. states: int32 [segments, MAX_LANES].
+    words: int16 [words], with room behind. segments: int32 [segments, FIELDS]. states: int32 [segments, MAX_LANES].
     row_class: int16 [rows], column_class: uint8 [classes]. table: int32 [contexts · 2^PRECISION].
     scales: fp32 [rows, groups]. across: most segments side by side.
     """
@@ -43,7 +44,7 @@ def coded_tensors(segments: Segments, scales: Tensor, device: torch.device) -> C
 
     return CodedTensors(
         torch.from_numpy(padded(segments.words, MAX_LANES).view("int16")).to(device),
-        torch.from_numpy(segments.table).to(device),
+        torch.from_numpy(segments.table.view(np.int32).reshape(-1, len(FIELDS))).to(device),
         torch.from_numpy(segments.states.view("int32")).to(device),
         torch.from_numpy(segments.row_class.astype("int16")).to(device),
         torch.from_numpy(segments.column_class.astype("uint8")).to(device),

@@ -7,6 +7,7 @@ from torch import Tensor
 from vllm_babai.coded import CodedTensors, multiply_decoded
 from vllm_babai.format.parallel import parallel_map
 from vllm_babai.format.rans import decode_segments
+from vllm_babai.format.segments import SEGMENT
 
 SEGMENTS_AT_A_TIME = 8
 
@@ -28,7 +29,7 @@ def decode(coded: CodedTensors, out: Tensor) -> Tensor:
 def _decode_integers(coded: CodedTensors, out: Tensor) -> Tensor:
     words, states = coded.words.numpy().view(np.uint16), coded.states.numpy().view(np.uint32)
     classes = coded.row_class.int().numpy(), coded.column_class.int().numpy()
-    segments, table = coded.segments.numpy(), coded.table.numpy().view(np.uint32)
+    segments, table = coded.segments.numpy().view(SEGMENT)[:, 0], coded.table.numpy().view(np.uint32)
 
     def decode_some(first: int) -> None:
         some = slice(first, first + SEGMENTS_AT_A_TIME)

@@ -1,5 +1,8 @@
 """Segments of HPTQ blobs: any window of any matrix decodes from them, and damage is noticed while they are sought."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from torch import Tensor
 from vllm_babai.coded import coded_tensors
 from vllm_babai.cpu_entropy import decode
 from vllm_babai.format import FormatError
-from vllm_babai.format.hptq import Coded, encode_integers, read_blob
+from vllm_babai.format.hptq import encode_integers, read_blob
 from vllm_babai.format.segments import MAX_LANES, SEGMENT_WEIGHTS, Segments, cut_segments, stack_segments
 
 COLUMNS = 2100  # three tiles side by side
@@ -53,17 +56,24 @@ def test_segments_are_short_and_take_the_words_of_the_window_alone() -> None:
     whole = cut_segments(coded, slice(0, len(FINE)), slice(0, COLUMNS))
     half = cut_segments(coded, slice(0, len(FINE) // 2), slice(0, COLUMNS))
     assert FINE.numel() / len(whole.table) > SEGMENT_WEIGHTS / 2
-    assert whole.table[:, 2].max() * whole.table[:, 4].max() <= SEGMENT_WEIGHTS
+    assert (whole.table["rows"] * whole.table["columns"]).max() <= SEGMENT_WEIGHTS
     assert whole.states.shape == (len(whole.table), MAX_LANES)
     assert len(whole.words) < coded.ends[-1]
     assert abs(len(half.words) - len(whole.words) / 2) < 0.02 * len(whole.words)
 
 
+def refused(**damage: np.ndarray) -> None:
+    with pytest.raises(FormatError, match="damaged stream"):
+        cut_segments(replace(CODED[1], **damage), slice(0, len(FINE)), slice(0, COLUMNS))
+
+
 @pytest.mark.parametrize("position", [0.01, 0.5, 0.99])
 def test_damaged_streams_are_refused(position: float) -> None:
-    good = CODED[1]
-    words = good.words.copy()
-    words[int(position * good.ends[-1])] ^= 1
-    damaged = Coded(good.shape, good.model, good.exponents, good.scales_crc, good.ends, words)
-    with pytest.raises(FormatError, match="damaged stream"):
-        cut_segments(damaged, slice(0, len(FINE)), slice(0, COLUMNS))
+    words = CODED[1].words.copy()
+    words[int(position * CODED[1].ends[-1])] ^= 1
+    refused(words=words)
+
+
+@pytest.mark.parametrize("missing", [1, 100, 30_000])
+def test_streams_that_end_early_are_refused(missing: int) -> None:
+    refused(ends=np.append(CODED[1].ends[:-1], CODED[1].ends[-1] - missing))

@@ -93,7 +93,8 @@ def decode_rows(words, position, end, state, row_class, column_class, lut, offse
     out: int16; takes the rows at `top`, `left`.
     """
     columns, lanes = len(column_class), len(state)
-    narrow, centre, entries = u32(shift), u32(offset - (CENTRE << shift)), np.empty(lanes, np.uint32)
+    narrow, centre = u32(shift), u32(offset - (CENTRE << shift))  # centre: the integer of symbol 0
+    entries = np.empty(lanes, np.uint32)
     for row in range(len(row_class)):
         context, integers = u32(row_class[row]), out[top + row][left:]
         for column in range(0, columns, lanes):
@@ -201,6 +202,8 @@ def seek_rows(words, begin, end, row_class, column_class, lut, offset, shift, la
     for cut in range(len(cuts)):
         rows = row_class[row : cuts[cut]]
         position = decode_rows(words, position, end, state, rows, column_class, lut, offset, shift, unused, 0, 0)
+        if position < 0:
+            return False
         positions[cut], states[cut, :lanes], row = position, state, cuts[cut]
     position = decode_rows(words, position, end, state, row_class[row:], column_class, lut, offset, shift, unused, 0, 0)
     return is_end(position, end, state)
@@ -214,13 +217,15 @@ def decode_segments(words, table, states, row_class, column_class, lut, out):
     """
     for index in range(len(table)):
         segment = table[index]
-        row, rows, column, columns, lanes = segment[1], segment[2], segment[3], segment[4], segment[7]
-        of_rows, of_columns = row_class[row : row + rows], column_class[segment[5] : segment[5] + columns]
-        state, end = states[index, :lanes].copy(), len(words) - 2 * lanes
-        integers = np.empty((rows, columns), np.int16)
-        decode_rows(words, segment[0], end, state, of_rows, of_columns, lut, segment[9], segment[8], integers, 0, 0)
-        first, last = max(column, 0), min(column + columns, out.shape[1])
-        out[row : row + rows, first:last] = integers[:, first - column : last - column]
+        state, end = states[index, : segment.lanes].copy(), len(words) - 2 * segment.lanes
+        rows = row_class[segment.row : segment.row + segment.rows]
+        columns = column_class[segment.classes : segment.classes + segment.columns]
+        integers = np.empty((len(rows), len(columns)), np.int16)
+        code = lut, segment.offset, segment.shift
+        decode_rows(words, np.int64(segment.word), end, state, rows, columns, *code, integers, 0, 0)
+        first, last = max(segment.column, 0), min(segment.column + segment.columns, out.shape[1])
+        inside = integers[:, first - segment.column : last - segment.column]
+        out[segment.row : segment.row + len(rows), first:last] = inside
 
 
 def padded(words: np.ndarray, lanes: int) -> np.ndarray:

@@ -7,7 +7,6 @@ are large for the sake of the disk. It takes 0.08 bit per weight of memory.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 
@@ -17,19 +16,22 @@ from vllm_babai.format.parallel import parallel_map
 from vllm_babai.format.tables import TOTAL
 
 SEGMENT_WEIGHTS = 1 << 14  # about: a segment is whole rows of a tile
-BEGIN, ROW, CLASSES = 0, 1, 5  # what moves in a table when segments are put behind others
+FIELDS = ("word", "row", "rows", "column", "columns", "classes", "left", "lanes", "shift", "offset")
+SEGMENT = np.dtype([(field, np.int32) for field in FIELDS])
 
 
 @dataclass(frozen=True)
 class Segments:
     """A coded matrix, or a window of one.
 
-    words: uint16 [words], the streams of all segments. states: uint32 [segments, MAX_LANES], of the decoder where they
-    begin. row_class: int32 [rows] and column_class: int32 [classes], their sum is the context. lut: uint32 [contexts ·
-    TOTAL], see `tables.decoder_table`. across: most segments side by side.
-    table: int32 [segments, 10], of each segment: first word; first row, and how many; first column, and how many, the
-    first one's index in `column_class`, and how many segments are left of it; lanes, shift and offset of its code.
-    Where a window cuts through a tile, some columns of the tile are outside of 0 … columns − 1.
+    words: uint16 [words], the streams of all segments.
+    table: SEGMENT [segments]. Of each its first `word`; first `row`, how many `rows`; first `column`, how many
+        `columns`, index of the first one's class in column_class; how many segments are `left` of it; `lanes`, `shift`
+        and `offset` of its code. Where a window cuts through a tile, some of its columns are outside of the window.
+    states: uint32 [segments, MAX_LANES], the decoder's in front of each.
+    row_class: int32 [rows], column_class: int32 [classes]. Their sum is the context.
+    lut: uint32 [contexts · TOTAL], see `tables.decoder_table`.
+    across: most segments side by side.
     """
 
     words: np.ndarray
@@ -50,7 +52,6 @@ def cut_segments(coded: Coded, window_rows: slice, window_columns: slice) -> Seg
 
     shape, model = coded.shape, coded.model
     height = max(1, SEGMENT_WEIGHTS // shape.tile_columns)
-    left = window_columns.start // shape.tile_columns
 
     def seek(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows where the segments of a tile begin and the last one ends, and position and states in front of each."""
@@ -67,23 +68,28 @@ def cut_segments(coded: Coded, window_rows: slice, window_columns: slice) -> Seg
     tiles = shape.overlapping(window_rows, window_columns)
     cuts, positions, states = zip(*parallel_map(seek, tiles), strict=True)
     words = [coded.words[at[0] : at[-1]] for at in positions]
-    moved = [first - at[0] for first, at in zip(accumulate(map(len, words), initial=0), positions, strict=False)]
-
+    starts = np.cumsum([0, *map(len, words)])[:-1]
     tile = np.repeat(np.arange(len(tiles)), [len(rows) - 1 for rows in cuts])  # of each segment
-    slot = np.array(tiles)[tile] % shape.across - left
-    begin = np.concatenate([at[:-1] for at in positions]) + np.array(moved)[tile]
-    row, row_stop = (np.concatenate([rows[of_segments] for rows in cuts]) for of_segments in (np.s_[:-1], np.s_[1:]))
-    column, column_stop = np.array([shape.tile(index)[2:] for index in tiles]).T[:, tile]
-    rows, columns = (row - window_rows.start, row_stop - row), (column - window_columns.start, column_stop - column)
-    fields = begin, *rows, *columns, slot * shape.tile_columns, slot, shape.lanes, model.shift, model.offset
+    bounds = np.array([shape.tile(index) for index in tiles])[tile]
+    left = window_columns.start // shape.tile_columns
+
+    table = np.empty(len(tile), SEGMENT)
+    table["word"] = np.concatenate([at[:-1] - at[0] for at in positions]) + starts[tile]
+    table["row"] = np.concatenate([rows[:-1] for rows in cuts]) - window_rows.start
+    table["rows"] = np.concatenate([np.diff(rows) for rows in cuts])
+    table["column"] = bounds[:, 2] - window_columns.start
+    table["columns"] = bounds[:, 3] - bounds[:, 2]
+    table["left"] = bounds[:, 2] // shape.tile_columns - left
+    table["classes"] = table["left"] * shape.tile_columns
+    table["lanes"], table["shift"], table["offset"] = shape.lanes, model.shift, model.offset
     return Segments(
         np.concatenate(words),
-        np.stack(np.broadcast_arrays(*fields), axis=1).astype(np.int32),
-        np.concatenate([states_of_tile[:-1] for states_of_tile in states]),
+        table,
+        np.concatenate([of_tile[:-1] for of_tile in states]),
         model.classes.rows[window_rows],
         model.classes.columns[left * shape.tile_columns :],
         coded.lut,
-        -(-window_columns.stop // shape.tile_columns) - left,
+        across=-(-window_columns.stop // shape.tile_columns) - left,
     )
 
 
@@ -92,8 +98,11 @@ def stack_segments(parts: Sequence[Segments]) -> Segments:
     tables, row_classes = [], []
     words = rows = classes = contexts = 0
     for part in parts:
-        tables.append(part.table.copy())
-        tables[-1][:, [BEGIN, ROW, CLASSES]] += (words, rows, classes)
+        table = part.table.copy()
+        table["word"] += words
+        table["row"] += rows
+        table["classes"] += classes
+        tables.append(table)
         row_classes.append(part.row_class + contexts)
         words, rows, classes = words + len(part.words), rows + len(part.row_class), classes + len(part.column_class)
         contexts += len(part.lut) // TOTAL
