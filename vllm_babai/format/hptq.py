@@ -9,7 +9,8 @@ serves at least 4096 weights: 0.006 bit per weight.
 Why rANS and not Huffman: on the linears of the reference model, integers of 2.000 and 3.002 bits of entropy take 1.949
 and 2.930 bits here, everything counted; a Huffman code for each context with the same classes 2.066 and 2.983, one
 Huffman code per matrix without its table 2.077 and 3.064, one for pairs of integers 2.025 and 3.017. The same loop with
-Huffman in place of rANS decoded 260 million weights per second and core, rANS 330 (`tests/benchmarks/codec.py`).
+Huffman in place of rANS decoded 260 million weights per second and core, rANS 330; in vector instructions, which need
+lanes, rANS decodes 800 to 1000 (`tests/benchmarks/codec.py`).
 """
 
 import struct
