@@ -44,7 +44,7 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     sequence_length: Annotated[int, typer.Option(help="Tokens in each; 0: 2048, or fewer if the model has.")] = 0,
     damping: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a share of its mean.")] = 0.01,
-    drift: Annotated[float, typer.Option(help="Share of the correction for errors of earlier linears; 0: none.")] = 0.5,
+    drift: Annotated[bool, typer.Option(help="Correct weights for errors of earlier linears.")] = True,
     sensitivity: Annotated[bool, typer.Option(help="Weigh errors by how much the loss minds them.")] = True,
     ignore: Annotated[list[str], typer.Option(help="Regular expression of linears to leave as they are.")] = [],  # noqa: B006
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

@@ -6,9 +6,11 @@ tokens, each counted by its weight w, is a ridge regression with the damping λ 
 
     W + (W E[w (x − x̂) x̂ᵀ] + E[w (h − ĥ) x̂ᵀ]) (H + λI)⁻¹
 
-Of this correction only a share is applied: all of it also meets errors that later linears mend, and fits the
-calibration text too well. (arXiv 2603.04956, WaterSIC, has both terms; arXiv 2602.05902, CoreQ, on the share; arXiv
-2505.11695, Qronos, and arXiv 2504.02692, GPTAQ, have the first term at a share of 1.)
+The cross moments are noisy: a few thousand tokens may tell nothing but noise. So they are taken of two halves of the
+tokens. With the inner product S of the two corrections in the metric of H, and their mean square T, the share of their
+mean that is no noise is 2S / (S + T) (Spearman-Brown); so much of it is applied. (arXiv 2603.04956, WaterSIC, has both
+terms; arXiv 2602.05902, CoreQ, on the share; arXiv 2505.11695, Qronos, and arXiv 2504.02692, GPTAQ, have the first term
+at a share of 1.)
 """
 
 from collections.abc import Iterable
@@ -24,7 +26,9 @@ from vllm_babai.offline.factor import Factor
 
 @dataclass(frozen=True)
 class Drift:
-    """inputs: E[w (x − x̂) x̂ᵀ], float32 [in, in]. stream: E[w (h − ĥ) x̂ᵀ], float32 [out, in], or None without an h."""
+    """Of two halves of the tokens each: inputs: E[w (x − x̂) x̂ᵀ], float32 [2, in, in]. stream: E[w (h − ĥ) x̂ᵀ], float32
+    [2, out, in], or None without an h.
+    """
 
     inputs: Tensor
     stream: Tensor | None
@@ -47,22 +51,33 @@ def moments(
         right = seen.inputs
         if token_weights is not None:
             right = right * token_weights[seen.window].reshape(-1, 1).to(right.device)
-        totals = totals or [right.new_zeros(rows.shape[1], right.shape[1]) for rows in left]
+        totals = totals or [right.new_zeros(2, rows.shape[1], right.shape[1]) for rows in left]
+        middle = len(right) // 2
         for total, rows in zip(totals, left, strict=True):
-            total.addmm_(rows.T, right)
+            for half, part in enumerate((slice(0, middle), slice(middle, None))):
+                total[half].addmm_(rows[part].T, right[part])
         tokens += len(right)
     if not all(torch.isfinite(total).all() for total in totals):
         raise QuantizationError(f"{linear}: its input activations have NaN or Inf on the calibration text")
-    hessian, inputs, *stream = (total / tokens for total in totals)
-    return hessian, Drift(inputs, stream[0] if stream else None)
+    hessians, inputs, *stream = (total / (tokens / 2) for total in totals)
+    return hessians.mean(0), Drift(inputs, stream[0] if stream else None)
 
 
-def corrected(weight: Tensor, factor: Factor, drift: Drift, share: float) -> Tensor:
-    """The weight [out, in] with a share of its correction, float32; factor: of H + λI."""
-    gap = weight.double() @ drift.inputs.double()
+def corrected(weight: Tensor, factor: Factor, drift: Drift) -> Tensor:
+    """The weight [out, in] with the share of its correction that is no noise, float32; factor: of H + λI."""
+    gaps = weight.double() @ drift.inputs.double()
     if drift.stream is not None:
-        gap += drift.stream
-    upper = factor.unit_upper * factor.pivots.sqrt()[:, None]
-    correction = torch.empty_like(gap)
-    correction[:, factor.order] = torch.cholesky_solve(gap[:, factor.order].T, upper, upper=True).T
-    return (weight.double() + share * correction).float()
+        gaps += drift.stream
+    upper = factor.unit_upper.double() * factor.pivots.sqrt()[:, None]
+    halves = torch.linalg.solve_triangular(upper.T, gaps[..., factor.order].mT, upper=False)
+    mean = halves.mean(0)
+    correction = torch.empty_like(mean.T)
+    correction[:, factor.order] = torch.linalg.solve_triangular(upper, mean, upper=True).T
+    return (weight.double() + reliability(halves) * correction).float()
+
+
+def reliability(halves: Tensor) -> float:
+    """Share of the mean of two estimates [2, …] that is not noise, from 0 to 1 (Spearman-Brown)."""
+    first, second = halves
+    common, own = float((first * second).sum()), float(halves.square().sum()) / 2
+    return min(max(2 * common / max(common + own, 1e-300), 0.0), 1.0)

@@ -22,9 +22,9 @@ class QuantizeOptions:
     overflow are chosen for every linear. These four are SSQR's; HPTQ's are rate: bits per weight, everything counted,
     and column_steps: a step per column in linears where that is predicted to pay.
     order: of nearest plane. paths: that it keeps in every row, each taking its share of the time; 1: Babai's algorithm,
-    to the letter. calibration: file or hub dataset; samples × sequence_length tokens of it are used (0: 2048,
-    or what the model's positions allow). damping: λ over the Hessian's mean diagonal. drift: share of the correction
-    for what the quantized linears before have done, which takes a second copy of the calibration inputs; 0: none.
+    to the letter. calibration: file or hub dataset; samples × sequence_length tokens of it are used (0: 2048, or what
+    the model's positions allow). damping: λ over the Hessian's mean diagonal. drift: correct weights for what the
+    quantized linears before have done, which takes a second copy of the calibration inputs.
     sensitivity: weigh tokens, rows and linears by how much the loss minds their errors, which takes one backward pass.
     ignore: regular expressions; linears that one of them finds by full name stay as they are. device, dtype: of the
     model's forward pass; 'auto' is CUDA where there is one, and bfloat16 there, float32 on the CPU.
@@ -43,7 +43,7 @@ class QuantizeOptions:
     samples: int = 128
     sequence_length: int = 0
     damping: float = 0.01
-    drift: float = 0.5
+    drift: bool = True
     sensitivity: bool = True
     ignore: list[str] = field(default_factory=list)
     device: str = "auto"
@@ -64,7 +64,6 @@ class QuantizeOptions:
         _check("--samples", self.samples > 0, "positive", self.samples)
         _check("--sequence-length", self.sequence_length >= 0, "positive", self.sequence_length)
         _check("--damping", 0 <= self.damping <= 1, "from 0 to 1", self.damping)
-        _check("--drift", 0 <= self.drift <= 1, "from 0 to 1", self.drift)
         for pattern in self.ignore:
             try:
                 re.compile(pattern)

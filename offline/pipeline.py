@@ -194,7 +194,7 @@ class _Run:
         lattice = Lattice(factor, rows, options.paths)
         weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
         if drift is not None:
-            weight = corrected(weight, factor, drift, options.drift)
+            weight = corrected(weight, factor, drift)
         if options.format == "hptq":
             rate = self.budget.next_rate(name, weight.numel())
             return quantize_hptq(name, weight, lattice, options.order, rate, options.seed, column_exponents)

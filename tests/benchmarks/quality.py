@@ -29,7 +29,7 @@ DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 RESULTS = Path(__file__).parent / "results"
 RATES = (2.1, 2.6, 3.1, 3.6, 4.1)
 WIDTHS = (2, 3, 4)
-PLAIN: dict[str, Any] = {"sensitivity": False, "drift": 0.0, "column_steps": False}
+PLAIN: dict[str, Any] = {"sensitivity": False, "drift": False, "column_steps": False, "paths": 1}
 CODE_UNAWARE = {"vllm_babai.offline.hptq.RELATIVE_PRICE": 0.0}
 
 # Other tools on the same model, texts and windows: bits per weight, loss in nats. README: "Quality".
@@ -56,12 +56,14 @@ CASES = [
     Case("hptq", "plain", PLAIN, CODE_UNAWARE),
     Case("hptq", "code-aware rounding", PLAIN),
     Case("hptq", "sensitivity", PLAIN | {"sensitivity": True}, CODE_UNAWARE),
-    Case("hptq", "drift", PLAIN | {"drift": 0.5}, CODE_UNAWARE),
+    Case("hptq", "drift", PLAIN | {"drift": True}, CODE_UNAWARE),
+    Case("hptq", "16 paths", PLAIN | {"paths": 16}, CODE_UNAWARE),
     Case("hptq", "column steps", PLAIN | {"column_steps": True}, CODE_UNAWARE),
     Case("hptq", "all"),
     Case("ssqr", "plain, one width", PLAIN, sizes=WIDTHS),
     Case("ssqr", "sensitivity, one width", PLAIN | {"sensitivity": True}, sizes=WIDTHS),
-    Case("ssqr", "drift, one width", PLAIN | {"drift": 0.5}, sizes=WIDTHS),
+    Case("ssqr", "drift, one width", PLAIN | {"drift": True}, sizes=WIDTHS),
+    Case("ssqr", "16 paths, one width", PLAIN | {"paths": 16}, sizes=WIDTHS),
     Case("ssqr", "all, one width", sizes=WIDTHS),
     Case("ssqr", "all, planned widths"),
 ]

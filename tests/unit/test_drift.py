@@ -22,7 +22,7 @@ from vllm_babai.offline import QuantizeOptions, pipeline, quantize
 from vllm_babai.offline.capture import Seen, hessians, seen_by
 from vllm_babai.offline.checkpoint import open_checkpoint
 from vllm_babai.offline.dense import load_dense
-from vllm_babai.offline.drift import corrected, moments
+from vllm_babai.offline.drift import Drift, corrected, moments, reliability
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import factorize
 from vllm_babai.offline.streamed_model import open_streamed
@@ -47,7 +47,8 @@ def test_the_whole_correction_is_the_ridge_regression(
     has_stream: bool, weighted: bool, generator: torch.Generator
 ) -> None:
     def random(features: int) -> Tensor:
-        return torch.randn(SEQUENCES, LENGTH, features, generator=generator)
+        """Both halves of each batch are the same, so that nothing counts as noise."""
+        return torch.randn(3, LENGTH, features, generator=generator)[[0, 1, 0, 1, 2, 2]]
 
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator)
     x, h = random(INPUTS), random(OUTPUTS) if has_stream else None
@@ -64,9 +65,31 @@ def test_the_whole_correction_is_the_ridge_regression(
     rows = torch.cat((root * x_hat.flatten(0, 1), damping * torch.eye(INPUTS)))
     answers = torch.cat((root * wanted.flatten(0, 1), damping * weight.T))
     expected = torch.linalg.lstsq(rows.double(), answers.double()).solution.T.float()
-    torch.testing.assert_close(corrected(weight, factor, drift, 1.0), expected, rtol=1e-4, atol=1e-5)
-    half = corrected(weight, factor, drift, 0.5)
-    torch.testing.assert_close(half, (weight + expected) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(corrected(weight, factor, drift), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_two_halves_do_not_agree_on_is_left_out(generator: torch.Generator) -> None:
+    weight, hessian = torch.randn(OUTPUTS, INPUTS, generator=generator), torch.eye(INPUTS)
+    factor = factorize(hessian, "natural", 0.0)
+    first, second = torch.randn(2, OUTPUTS, INPUTS, generator=generator)
+    second -= first * (first * second).sum() / first.square().sum()
+    second *= first.norm() / second.norm()
+    for stream, share in (
+        ((first, -first), 0),
+        ((first, second), 0),
+        ((first + second, first), 0.8),
+        ((first,) * 2, 1),
+    ):
+        drift = Drift(torch.zeros(2, INPUTS, INPUTS), torch.stack(stream))
+        expected = weight + share * (stream[0] + stream[1]) / 2
+        torch.testing.assert_close(corrected(weight, factor, drift), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_reliability_is_the_share_that_brings_an_estimate_closest(generator: torch.Generator) -> None:
+    truth = torch.randn(200, 200, generator=generator)
+    halves = truth + 1.5 * torch.randn(2, 200, 200, generator=generator)
+    mean = halves.mean(0)
+    assert reliability(halves) == pytest.approx(float((mean * truth).sum() / mean.square().sum()), abs=0.02)
 
 
 def test_without_drift_the_weight_stays_as_it_is(generator: torch.Generator) -> None:
@@ -74,7 +97,7 @@ def test_without_drift_the_weight_stays_as_it_is(generator: torch.Generator) -> 
     inputs, stream = (torch.randn(SEQUENCES, LENGTH, n, generator=generator) for n in (INPUTS, OUTPUTS))
     seen = in_batches(inputs, stream)
     hessian, drift = moments("q_proj", seen, seen, None)
-    assert torch.equal(corrected(weight, factorize(hessian, "natural", DAMPING), drift, 0.5), weight)
+    assert torch.equal(corrected(weight, factorize(hessian, "natural", DAMPING), drift), weight)
 
 
 def test_activations_that_are_not_finite_are_refused() -> None:
@@ -168,7 +191,7 @@ def test_correction_brings_the_model_closer_to_the_original(
     tokens = torch.randint(0, 4096, (8, 40), generator=torch.Generator().manual_seed(0))
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     distances = []
-    for drift in (0.0, 0.5):
+    for drift in (False, True):
         chosen = QuantizeOptions(
             bits=2, calibration=str(short_text), samples=32, sequence_length=32, drift=drift, sensitivity=False
         )
@@ -179,7 +202,7 @@ def test_correction_brings_the_model_closer_to_the_original(
     assert distances[1] < 0.95 * distances[0]
 
 
-def test_without_a_share_nothing_is_captured_of_the_original_model(
+def test_without_correction_nothing_is_captured_of_the_original_model(
     tmp_path: Path, short_text: Path, save_random_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -189,6 +212,6 @@ def test_without_a_share_nothing_is_captured_of_the_original_model(
         monkeypatch.setattr(pipeline, name, refuse)
     options = QuantizeOptions(calibration=str(short_text), samples=8, sequence_length=32)
     source = save_random_llama(tmp_path / "source")
-    quantize(source, tmp_path / "out", replace(options, drift=0.0))
+    quantize(source, tmp_path / "out", replace(options, drift=False))
     with pytest.raises(AssertionError, match="called"):
         quantize(source, tmp_path / "corrected", options)

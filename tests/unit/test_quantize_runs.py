@@ -174,7 +174,7 @@ def test_a_run_that_fails_leaves_what_it_was_to_replace(
         ("samples", 0, "--samples must be positive"),
         ("sequence_length", -1, "--sequence-length must be positive"),
         ("damping", -0.1, "--damping must be from 0 to 1"),
-        ("drift", 1.5, "--drift must be from 0 to 1, not 1.5"),
+        ("paths", 0, "--paths must be from 1 to 1024, not 0"),
         ("ignore", ["("], r"--ignore \( is not a regular expression"),
     ],
 )
