@@ -45,22 +45,23 @@ def moments(
     totals: list[Tensor] = []
     tokens = 0
     for seen, wanted in zip(quantized, original, strict=True):
-        left = [seen.inputs, wanted.inputs - seen.inputs]
+        gaps = [wanted.inputs - seen.inputs]
         if seen.stream is not None and wanted.stream is not None:
-            left.append(wanted.stream - seen.stream)
+            gaps.append(wanted.stream - seen.stream)
         right = seen.inputs
         if token_weights is not None:
             right = right * token_weights[seen.window].reshape(-1, 1).to(right.device)
-        totals = totals or [right.new_zeros(2, rows.shape[1], right.shape[1]) for rows in left]
-        middle = len(right) // 2
-        for total, rows in zip(totals, left, strict=True):
+        features, middle = right.shape[1], len(right) // 2
+        totals = totals or [right.new_zeros(features, features), *(g.new_zeros(2, g.shape[1], features) for g in gaps)]
+        totals[0].addmm_(seen.inputs.T, right)
+        for total, gap in zip(totals[1:], gaps, strict=True):
             for half, part in enumerate((slice(0, middle), slice(middle, None))):
-                total[half].addmm_(rows[part].T, right[part])
+                total[half].addmm_(gap[part].T, right[part])
         tokens += len(right)
     if not all(torch.isfinite(total).all() for total in totals):
         raise QuantizationError(f"{linear}: its input activations have NaN or Inf on the calibration text")
-    hessians, inputs, *stream = (total / (tokens / 2) for total in totals)
-    return hessians.mean(0), Drift(inputs, stream[0] if stream else None)
+    inputs, *stream = (total / (tokens / 2) for total in totals[1:])
+    return totals[0] / tokens, Drift(inputs, stream[0] if stream else None)
 
 
 def corrected(weight: Tensor, factor: Factor, drift: Drift) -> Tensor:
