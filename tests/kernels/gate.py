@@ -15,8 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vllm_babai.triton_kernels.coded import MAX_TOKENS, multiply_kernel
 from vllm_babai.triton_kernels.configs import Target, table_for
 from vllm_babai.triton_kernels.dequantize import dense_kernel, overflow_kernel
+from vllm_babai.triton_kernels.entropy import WARP, decode_kernel
 from vllm_babai.triton_kernels.fused import fused_constants, fused_kernel
 from vllm_babai.triton_kernels.layout import Geometry
 
@@ -24,12 +26,8 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 TABLE = Path(__file__).with_name("gate.json")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-# argument name → type; what stands in MULTIPLES is a multiple of 16 in every layer that matters, as Triton finds out
-TYPES = {
-    "x_ptr": "*bf16",
-    "xt_ptr": "*bf16",
-    "y_ptr": "*bf16",
-    "weight_ptr": "*bf16",
+# Argument name → type; what stands in MULTIPLES is a multiple of 16 in every layer that matters, as Triton finds out.
+DENSE_TYPES = {
     "dense_ptr": "*i32",
     "scales_ptr": "*bf16",
     "entries_ptr": "*i16",
@@ -38,15 +36,29 @@ TYPES = {
     "partials_ptr": "*fp32",
     **dict.fromkeys(("m", "n", "k", "padded_rows", "column_blocks", "group_size", "splits", "segments"), "i32"),
 }
-MULTIPLES = {name for name in TYPES if name.endswith("_ptr")} | {"n", "k", "padded_rows", "column_blocks"}
+CODED_TYPES = {
+    "words_ptr": "*i16",
+    "row_class_ptr": "*i16",
+    "column_class_ptr": "*u8",
+    **dict.fromkeys(("segments_ptr", "states_ptr", "table_ptr"), "*i32"),
+    **dict.fromkeys(("scales_ptr", "x_ptr", "partial_ptr"), "*fp32"),
+    "out_ptr": "*bf16",
+    **dict.fromkeys(("all_rows", "columns", "groups", "group_size"), "i32"),
+}
+MULTIPLES = {"n", "k", "padded_rows", "column_blocks", "all_rows", "columns"}  # and every pointer
 
 
-def compile_kernel(kernel, constants: dict, architecture: str, warps: int, dtype: str = "bf16"):
-    """Compile a kernel for an architecture; pointers to activations and weights get `dtype`."""
+def dense_types(dtype: str = "bf16") -> dict[str, str]:
+    """Types for the kernels of dense + sparse, with activations and dequantized weights of `dtype`."""
+    return DENSE_TYPES | dict.fromkeys(("x_ptr", "xt_ptr", "y_ptr", "weight_ptr"), f"*{dtype}")
+
+
+def compile_kernel(kernel, types: dict[str, str], constants: dict, architecture: str, warps: int):
+    """Compile a kernel for an architecture. types: of its arguments, by name; constants: of the others."""
     names = kernel.arg_names
-    types = TYPES | dict.fromkeys(("x_ptr", "xt_ptr", "y_ptr", "weight_ptr"), f"*{dtype}")
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in MULTIPLES - {"m"}}
+    multiples = [name for name in names if name in MULTIPLES or name.endswith("_ptr")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
     source = ASTSource(
         kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
     )
@@ -109,7 +121,7 @@ def _count(pattern: str, code: list[str]) -> int:
 
 
 def _main_loop(code: list[str]) -> list[str]:
-    """The instructions of the loop (code up to a backward branch, without inner loops) with most matrix products."""
+    """The instructions of the loop (code up to a backward branch) with most matrix products; of those the innermost."""
     labels, instructions, loops = {}, [], []
     for line in code:
         if line.startswith(".L"):
@@ -118,7 +130,9 @@ def _main_loop(code: list[str]) -> list[str]:
         instructions.append(line)
         target = re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)
         if target and target[1] in labels:
-            loops.append(instructions[labels[target[1]] :])
+            loop = instructions[labels[target[1]] :]
+            if len(loop) > 1:  # every kernel ends with a branch to itself
+                loops.append(loop)
     return max(loops, key=lambda loop: (_count(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", loop), -len(loop)))
 
 
@@ -143,15 +157,29 @@ def gate(architecture: str) -> dict[str, dict[str, float]]:
         geometry = Geometry(bits, 4096, 4096)
         config = table.lookup(bits, tokens, 4096, 4096)
         constants = fused_constants(geometry, config, groups, tokens, backend)
-        compiled = compile_kernel(fused_kernel, constants, architecture, config.warps, dtype)
+        compiled = compile_kernel(fused_kernel, dense_types(dtype), constants, architecture, config.warps)
         results[name] = measure(compiled, config.rows * geometry.block_columns)
     for bits in (3, 4):
         columns = Geometry(bits, 4096, 4096).block_columns
         constants = {"BITS": bits, "BLOCK_COLUMNS": columns, "GROUPED": False, "BACKEND": backend}
-        results[f"dequantize {bits} bits"] = measure(compile_kernel(dense_kernel, constants, architecture, 4), 0)
+        compiled = compile_kernel(dense_kernel, dense_types(), constants, architecture, 4)
+        results[f"dequantize {bits} bits"] = measure(compiled, 0)
     constants = {"LOW": -8, "HIGH": 7, "GROUPED": False, "ROWS": 64, "BACKEND": backend}
-    results["dequantize overflow"] = measure(compile_kernel(overflow_kernel, constants, architecture, 2), 0)
-    return results
+    compiled = compile_kernel(overflow_kernel, dense_types(), constants, architecture, 2)
+    results["dequantize overflow"] = measure(compiled, 0)
+    return results | coded_gate(architecture, backend)
+
+
+def coded_gate(architecture: str, backend: str) -> dict[str, dict[str, float]]:
+    """Case → measures of the kernels that decode; a turn of their innermost loop takes an integer in every lane."""
+    common = {"GROUPED": False, "BACKEND": backend}
+    chosen = {"decode coded": (decode_kernel, {"DEQUANTIZE": True})}
+    for tokens in (1, MAX_TOKENS):
+        chosen[f"multiply coded, {tokens} token{'s' if tokens > 1 else ''}"] = (multiply_kernel, {"TOKENS": tokens})
+    return {
+        name: measure(compile_kernel(kernel, CODED_TYPES, common | constants, architecture, 1), WARP.value)
+        for name, (kernel, constants) in chosen.items()
+    }
 
 
 def main(arguments: list[str]) -> None:
