@@ -22,8 +22,7 @@ BANDWIDTH, ISSUE = 0.85, 0.7  # assumed; integer instructions, most of ours, are
 OVERFLOW_INSTRUCTIONS = {1: 30, 16: 120}  # per entry, from the fused kernel's machine code; a third of the lanes idle
 STEP_CYCLES = 300  # assumed; from one integer of a lane to its next are two loads and some 20 dependent instructions
 DISK, PCIE, CORES = 1e9, 25e9, 8  # bytes per second, of PCIe 4.0 x16; CPU cores
-# weights per second and core: tests/benchmarks/load_time.py, measured without AVX-512 VBMI2; with it 1.5 times as many
-PACKED_RATE, CODED_RATE = 430e6, 520e6
+PACKED_RATE, CODED_RATE = 400e6, 550e6  # weights per second and core: load_time.py, without AVX-512
 SSQR_RATE, LAYOUT_RATE = 2.4e9, 20e6  # weights checked, overflow entries laid out per second, measured on one core
 USABLE = 0.92  # of device memory: vLLM's default
 
