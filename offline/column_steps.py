@@ -6,6 +6,7 @@ two or three bits some columns have none, and half the exponent does better.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,16 +26,28 @@ def water_filling(factor: Factor) -> Tensor:
     return step_exponents(steps)
 
 
-def choose_column_steps(weights: list[Tensor], factor: Factor, rates: list[float], seed: int) -> Tensor | None:
-    """Exponents of the columns' steps for linears that share an input, int16 [n]; None where one step is as good.
+@dataclass(frozen=True)
+class ColumnSteps:
+    """exponents: int16 [in] of the columns' steps, see `format.steps`. errors: of each linear at its rate, over that
+    with one step for all columns.
+    """
+
+    exponents: Tensor
+    errors: list[float]
+
+
+def choose_column_steps(weights: list[Tensor], factor: Factor, rates: list[float], seed: int) -> ColumnSteps | None:
+    """Steps of the columns for linears that share an input, if predicted to pay; None where one step is as good.
 
     What the steps take to store counts, so that linears of few rows keep one step. One choice for all, as vLLM may fuse
     them and has then one input to scale. weights: [out, n] each. rates: bits per weight of each.
     """
     exponents = water_filling(factor)
-    gain, rows = 0.0, sum(len(weight) for weight in weights)
+    errors = []
     for weight, rate in zip(weights, rates, strict=True):
         basis = weight.float().T[factor.order].contiguous()
-        alone, water_filled = (draft(basis, factor, rate, seed, e).error for e in (None, exponents))
-        gain += len(weight) / rows * math.log(max(alone, 1e-300) / max(water_filled, 1e-300))
-    return exponents if gain > LEAST_GAIN else None
+        alone, water_filled = (max(draft(basis, factor, rate, seed, e).error, 1e-300) for e in (None, exponents))
+        errors.append(water_filled / alone)
+    rows = [len(weight) for weight in weights]
+    gain = -sum(count * math.log(error) for count, error in zip(rows, errors, strict=True)) / sum(rows)
+    return ColumnSteps(exponents, errors) if gain > LEAST_GAIN else None

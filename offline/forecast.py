@@ -21,7 +21,7 @@ class Forecast:
     """One linear, small enough to keep for a whole model. Lists run over steps of 2^OCTAVES times `spread`.
 
     pivot: mean of D_j D_i over the weights, less what several paths gain, so that a step s costs ½ s²/12 · weights ·
-    pivot nats per token.
+    pivot nats per token; with steps by column, less what these gain at the same rate, which a step s then stands for.
     spread: root mean square of the weights. rates: HPTQ's bits per weight, with one step.
     row_pivot: like pivot, for rows whose steps are in proportion to their own root mean square.
     overflow: with such rows, dense bits → share of weights beyond them, [OCTAVES, PRICES]. kept: dense bits → error
@@ -59,9 +59,10 @@ class Forecast:
         return self.weights * self.row_pivot * (self.spread * 2.0**OCTAVES) ** 2 / 24
 
 
-def forecast(name: str, weight: Tensor, lattice: Lattice, seed: int) -> Forecast:
+def forecast(name: str, weight: Tensor, lattice: Lattice, seed: int, by_columns: float = 1.0) -> Forecast:
     """Forecast a linear; weight: [out, in]. Its integers are modelled as Gaussian, their variance a row's times a
     column's plus what nearest plane carries, as HPTQ codes them; what overflows is counted on a sample of the weights.
+    by_columns: HPTQ's error with steps by column, over that with one step.
     """
     factor, weight = lattice.columns, weight.float()
     squares = weight.square()
@@ -78,7 +79,7 @@ def forecast(name: str, weight: Tensor, lattice: Lattice, seed: int) -> Forecast
 
     row_pivots = lattice.row_pivots(len(weight)).to(rows.device)
     column_pivot = lattice.gain * factor.pivots.mean()
-    pivot = float(column_pivot * row_pivots.mean())
+    pivot = by_columns * float(column_pivot * row_pivots.mean())
     row_pivot = float(column_pivot * (row_pivots * rows).mean() / mean)
     targets = weight[row, column] / rows[row].clamp_min(1e-30).sqrt()
     noise = torch.randn(PAIRS, generator=generator).to(targets) * carried.sqrt()

@@ -184,7 +184,8 @@ class _Run:
         if self.options.format != "hptq" or not self.options.column_steps:
             return None
         rates = [self.budget.next_rate(name, weight.numel()) for name, weight in weights.items()]
-        return choose_column_steps(list(weights.values()), factor, rates, self.options.seed)
+        chosen = choose_column_steps(list(weights.values()), factor, rates, self.options.seed)
+        return None if chosen is None else chosen.exponents
 
     def _quantize_linear(
         self, name: str, factor: Factor, drift: Drift | None, column_exponents: Tensor | None

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from vllm_babai.format import BIT_WIDTHS
 from vllm_babai.offline.capture import advance, hessians, shared_inputs
+from vllm_babai.offline.column_steps import choose_column_steps
 from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.offline.factor import factorize
+from vllm_babai.offline.factor import Factor, factorize
 from vllm_babai.offline.forecast import OCTAVES, Forecast, forecast
 from vllm_babai.offline.fusion import fused_with
 from vllm_babai.offline.joint_plane import row_geometry
@@ -62,11 +63,22 @@ def forecast_model(
         covariances = hessians(block, {n: linears[n] for n in weights}, hidden, block_arguments, weights)
         for group in groups:
             factor = factorize(covariances.pop(group[0]), options.order, options.damping)
-            for linear in group:
+            originals = [linears[linear].weight for linear in group]
+            errors = _errors_by_columns(originals, factor, options)
+            for linear, weight, by_columns in zip(group, originals, errors, strict=True):
                 lattice = Lattice(factor, row_geometry(sensitivity.row_covariance(linear)), options.paths)
-                forecasts.append(forecast(linear, linears[linear].weight, lattice, options.seed))
+                forecasts.append(forecast(linear, weight, lattice, options.seed, by_columns))
         advance(block, hidden, block_arguments, model.device)
     return forecasts
+
+
+def _errors_by_columns(weights: list[Tensor], factor: Factor, options: QuantizeOptions) -> list[float]:
+    """Error of linears that share an input with steps by column, where these pay, over that with one step."""
+    if options.format == "hptq" and options.column_steps:
+        chosen = choose_column_steps(weights, factor, [options.rate] * len(weights), options.seed)
+        if chosen is not None:
+            return chosen.errors
+    return [1.0] * len(weights)
 
 
 def make_plan(forecasts: list[Forecast], options: QuantizeOptions) -> list[PlannedLinear]:

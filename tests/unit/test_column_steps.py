@@ -76,7 +76,8 @@ def test_linears_that_share_an_input_share_the_choice() -> None:
     weight, factor = skewed_layer(rows=512)
     chosen = choose_column_steps([weight, weight[:2]], factor, [3.125, 3.125], seed=0)
     assert chosen is not None
-    assert torch.equal(chosen, water_filling(factor))
+    assert torch.equal(chosen.exponents, water_filling(factor))
+    assert chosen.errors[0] < chosen.errors[1]
 
 
 @pytest.fixture(scope="module")
