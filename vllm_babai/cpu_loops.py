@@ -1,11 +1,14 @@
 """Loops over the tiles of a linear layer, spread over the processor's threads, around the compiled kernels."""
 
+from functools import partial
+
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.extending import intrinsic, overload
 
 from vllm_babai.cpu_kernel import BLOCK_COLUMNS, LANES, MOST_TOKENS, TILE_ROWS
+from vllm_babai.format.rans import compiled
 
 WORD_BYTES = 4 * TILE_ROWS  # of a tile, one word of each row
 TOKENS_AT_ONCE = 64  # decoding: their activations should stay in the cache; a multiple of LANES
@@ -27,7 +30,7 @@ def _call(typing_context, address, arguments):
     return types.void(address, arguments), generate
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@partial(compiled, parallel=True)
 def run_tiles(
     dense_kernels, overflow_kernel, x, x_stride, dense, scales, x_by_column, entries, offsets, group_shift, y
 ):
@@ -63,7 +66,7 @@ def run_tiles(
             _store(total[:, :rows], y[start : start + tokens, first_row : first_row + rows])
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@partial(compiled, parallel=True)
 def run_expanded_tiles(dense_kernels, expand_kernel, insert_kernel, fields, x, dense, scales, entries, offsets, y):
     """y[token, row] = x Wᵀ for many tokens: expands a block to pairs of bfloat16 integers with the overflow in place.
 
@@ -96,7 +99,7 @@ def run_expanded_tiles(dense_kernels, expand_kernel, insert_kernel, fields, x, d
             _store(total[:, :rows], y[start : start + tokens, first_row : first_row + rows])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def tokens_in_lanes(x):
     """x float32 [tokens, in] → [⌈tokens / lanes⌉, in, lanes], for up to LANES tokens the next power of two of lanes."""
     tokens, columns = x.shape
@@ -109,7 +112,7 @@ def tokens_in_lanes(x):
     return by_column
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _zeros(count):
     """float32 [count, TILE_ROWS], from the start of a cache line on: vectors that straddle two take twice as long."""
     memory = np.zeros((count + 1) * TILE_ROWS, np.float32)
@@ -117,7 +120,7 @@ def _zeros(count):
     return memory[start : start + count * TILE_ROWS].reshape(count, TILE_ROWS)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _multiply(dense_kernels, x, x_stride, words, scaling, total):
     """total[token, row] += x Wᵀ for one tile; scaling: address and stride of the scales, groups, words per group."""
     scales, scale_stride, groups, words_per_group = scaling
@@ -147,7 +150,7 @@ def _store_as(total, y):
     return store_bfloat16 if y.dtype == types.uint16 else store_float32
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _bfloat16(value):
     """The bits of a float32, rounded to the nearest bfloat16."""
     bits = np.float32(value).view(np.uint32)
@@ -156,7 +159,7 @@ def _bfloat16(value):
     return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@partial(compiled, parallel=True)
 def dequantize_tiles(kernel, dense, scales, entries, offsets, group_shift, weight):
     """weight[column, row] = W in float32.
 

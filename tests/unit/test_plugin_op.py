@@ -1,8 +1,10 @@
 """The op `babai::matmul` on the CPU: against float64, in every width, grouping and dtype, eagerly and compiled."""
 
+import runpy
 import subprocess
 import sys
 
+import numba.core.caching
 import pytest
 import torch
 from hypothesis import given, settings
@@ -190,6 +192,11 @@ def test_under_torch_compile() -> None:
 def test_thread_count_of_torch_stays() -> None:
     code = "import torch; torch.set_num_threads(1); from vllm_babai import cpu; print(torch.get_num_threads())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
+
+
+def test_no_directory_for_compiled_code_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
+    runpy.run_module("vllm_babai.cpu_loops")
 
 
 @pytest.mark.parametrize("tokens", [1, 64])

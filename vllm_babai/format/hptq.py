@@ -8,9 +8,9 @@ serves at least 4096 weights: 0.006 bit per weight.
 
 Why rANS and not Huffman: on the linears of the reference model, integers of 2.000 and 3.002 bits of entropy take 1.949
 and 2.930 bits here, everything counted; a Huffman code for each context with the same classes 2.066 and 2.983, one
-Huffman code per matrix without its table 2.077 and 3.064, one for pairs of integers 2.025 and 3.017. The same loop with
-Huffman in place of rANS decoded 260 million weights per second and core, rANS 330; in vector instructions, which need
-lanes, rANS decodes 800 to 1000 (`tests/benchmarks/codec.py`).
+Huffman code per matrix without its table 2.077 and 3.064, one for pairs of integers 2.025 and 3.017. In one plain loop
+Huffman decoded 260 million weights per second and core, rANS 330; in vector instructions, which need lanes, rANS
+decodes 650 to 1040 (`tests/benchmarks/codec.py`).
 """
 
 import struct
@@ -236,10 +236,8 @@ def _decoder(coded: Coded, rows: slice, columns: slice) -> tuple[Callable[[int],
     from vllm_babai.format import rans
 
     shape, model = coded.shape, coded.model
-    top, left = (
-        rows.start // shape.tile_rows * shape.tile_rows,
-        columns.start // shape.tile_columns * shape.tile_columns,
-    )
+    top = rows.start // shape.tile_rows * shape.tile_rows
+    left = columns.start // shape.tile_columns * shape.tile_columns
     bottom = min(-(-rows.stop // shape.tile_rows) * shape.tile_rows, shape.rows)
     right = min(-(-columns.stop // shape.tile_columns) * shape.tile_columns, shape.columns)
     covered = np.empty((bottom - top, right - left), np.int16)

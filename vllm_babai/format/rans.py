@@ -23,12 +23,15 @@ INITIAL_STATE = 1 << 16
 u32, u64 = np.uint32, np.uint64
 
 
-def compiled(function: Any) -> Any:
-    """Compile without the GIL, cached on disk where any cache directory can be written."""
+def compiled(function: Any, parallel: bool = False) -> Any:
+    """Compile without the GIL, cached on disk where any cache directory can be written.
+
+    parallel: on all threads, see `numba.prange`.
+    """
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, parallel=parallel, cache=True)(function)
     except RuntimeError:  # numba: no directory for the cache
-        return njit(nogil=True)(function)
+        return njit(nogil=True, parallel=parallel)(function)
 
 
 @compiled

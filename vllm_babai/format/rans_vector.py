@@ -1,7 +1,8 @@
 """Sixteen lanes of the rANS decoder in vector instructions, built as LLVM IR.
 
 No compiler finds this in a loop: lanes that need a word take consecutive ones, which AVX-512 has an instruction for.
-Importing this module imports numba: import it where it is used.
+Numba's cache, which keeps code for processors with other features apart, does not notice a change of this file: delete
+`__pycache__` after one. Importing this module imports numba: import it where it is used.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from numba.extending import intrinsic
 from vllm_babai.format.tables import ESCAPE, PRECISION, TOTAL
 
 LANES = 16
-FEATURE = "+avx512vbmi2"
+FEATURES = {"+avx512vbmi2", "+avx512vl"}
 I1, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
 I1x16, I16x16, I32x16 = (ir.VectorType(integer, LANES) for integer in (I1, I16, I32))
 
@@ -32,7 +33,7 @@ def decode_vector(typing_context, words, position, state, context, column_class,
 
 def _generate(context: Any, builder: ir.IRBuilder, signature: Any, values: list[ir.Value]) -> ir.Value:
     *_, features = context.codegen().magic_tuple()
-    if FEATURE not in features.split(","):
+    if not FEATURES.issubset(features.split(",")):
         return I64(-1)
 
     def data(argument: int, index: ir.Value) -> ir.Value:
