@@ -12,7 +12,7 @@ The overflow kernels take entry by entry, with tokens in the lanes. For many tok
 pairs of bfloat16 integers, words of width 16, for a dense kernel that has nothing to decode.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, NamedTuple
@@ -21,6 +21,28 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 
+from vllm_babai.cpu_ir import (
+    F32,
+    I16,
+    I32,
+    I64,
+    BF16x32,
+    F32x16,
+    I16x32,
+    I32x16,
+    compile_function,
+    constant,
+    declare,
+    fma,
+    load,
+    loop,
+    new_function,
+    offset,
+    prefetch,
+    splat,
+    store,
+)
+
 TILE_ROWS = 64
 BLOCK_COLUMNS = 128  # of a tile: the unit in which overflow is stored and tiles are expanded
 LANES = 16  # of float32 in a vector
@@ -28,24 +50,6 @@ PREFETCH_BYTES = 8192  # how far ahead of the words a kernel fetches: the proces
 MOST_TOKENS = 6  # per call of a dense kernel: 6 × 4 sums fill the 32 vector registers best
 
 VECTORS = TILE_ROWS // LANES
-I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-I16x32, I32x16, F32x16 = ir.VectorType(I16, 32), ir.VectorType(I32, 16), ir.VectorType(F32, 16)
-
-
-class BfloatType(ir.Type):
-    """bfloat, which llvmlite does not know."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, BfloatType)
-
-    def __hash__(self) -> int:
-        return hash(BfloatType)
-
-
-BF16x32 = ir.VectorType(BfloatType(), 32)
 
 
 def weights_per_word(width: int) -> int:
@@ -89,14 +93,14 @@ class Bfloat16:
         # The instruction looks at five bits of the index; repeating the table makes the surplus ones harmless.
         factors = np.resize(np.array(field.table, np.float32), 32)
         table = ir.Constant(I16x32, (factors.view(np.uint32) >> 16).tolist())
-        lookup = _declare(builder, "llvm.x86.avx512.permvar.hi.512", I16x32, [I16x32, I16x32])
+        lookup = declare(builder, "llvm.x86.avx512.permvar.hi.512", I16x32, [I16x32, I16x32])
         return builder.bitcast(builder.call(lookup, [table, builder.bitcast(shifted, I16x32)]), BF16x32)
 
     def activation(self, builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-        return builder.bitcast(_splat(builder, _load(builder, address, I32), I32x16), BF16x32)
+        return builder.bitcast(splat(builder, load(builder, address, I32), I32x16), BF16x32)
 
     def multiply_add(self, builder: ir.IRBuilder, factor: ir.Value, x: ir.Value, total: ir.Value) -> ir.Value:
-        dot = _declare(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32x16, [F32x16, BF16x32, BF16x32])
+        dot = declare(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32x16, [F32x16, BF16x32, BF16x32])
         return builder.call(dot, [total, factor, x])
 
 
@@ -113,14 +117,14 @@ class Float32:
                 yield Field(16 * half + width * p, 4 * (2 * p + half))
 
     def decode(self, builder: ir.IRBuilder, shifted: ir.Value, field: Field, width: int) -> ir.Value:
-        unsigned = builder.and_(shifted, _constant(I32x16, (1 << width) - 1))
-        return builder.sitofp(builder.sub(unsigned, _constant(I32x16, 1 << (width - 1))), F32x16)
+        unsigned = builder.and_(shifted, constant(I32x16, (1 << width) - 1))
+        return builder.sitofp(builder.sub(unsigned, constant(I32x16, 1 << (width - 1))), F32x16)
 
     def activation(self, builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-        return _splat(builder, _load(builder, address, F32), F32x16)
+        return splat(builder, load(builder, address, F32), F32x16)
 
     def multiply_add(self, builder: ir.IRBuilder, factor: ir.Value, x: ir.Value, total: ir.Value) -> ir.Value:
-        return _fma(builder, factor, x, total)
+        return fma(builder, factor, x, total)
 
 
 Arithmetic = Bfloat16 | Float32
@@ -136,31 +140,31 @@ def has_bfloat16() -> bool:
 @cache
 def dense_kernels(arithmetic: Arithmetic, width: int) -> tuple[int, ...]:
     """Addresses of the dense kernels for fields of `width` bits, for 1, 2, … MOST_TOKENS tokens."""
-    return tuple(_compile(_dense_module(arithmetic, width, tokens)) for tokens in range(1, MOST_TOKENS + 1))
+    return tuple(compile_function(_dense_module(arithmetic, width, tokens)) for tokens in range(1, MOST_TOKENS + 1))
 
 
 @cache
 def overflow_kernels() -> dict[int, int]:
     """Number of lanes → address of the overflow kernel for so many tokens."""
-    return {lanes: _compile(_overflow_module(lanes)) for lanes in (1, 2, 4, 8, LANES)}
+    return {lanes: compile_function(_overflow_module(lanes)) for lanes in (1, 2, 4, 8, LANES)}
 
 
 @cache
 def expand_kernel(width: int) -> int:
     """Address of the kernel that expands fields of `width` bits to pairs of bfloat16 integers."""
-    return _compile(_expand_module(width))
+    return compile_function(_expand_module(width))
 
 
 @cache
 def insert_kernel() -> int:
     """Address of the kernel that adds overflow entries to expanded weights."""
-    return _compile(_insert_module())
+    return compile_function(_insert_module())
 
 
 @cache
 def dequantize_kernel(width: int) -> int:
     """Address of the kernel that dequantizes a tile with fields of `width` bits."""
-    return _compile(_dequantize_module(width))
+    return compile_function(_dequantize_module(width))
 
 
 def _dense_module(arithmetic: Arithmetic, width: int, tokens: int) -> ir.Module:
@@ -168,7 +172,7 @@ def _dense_module(arithmetic: Arithmetic, width: int, tokens: int) -> ir.Module:
 
     y[token, row] += Σ over groups of scale[group, row] · Σ x[token, k] · integer[row, k], for the rows of a tile.
     """
-    builder, arguments = _function(f"dense_{arithmetic.name}_{width}_{tokens}", 9)
+    builder, arguments = new_function(f"dense_{arithmetic.name}_{width}_{tokens}", 9)
     x, words, scales, y, x_stride, scale_stride, y_stride, groups, words_per_group = arguments
     x_bytes_per_word = weights_per_word(width) * arithmetic.activation_bytes
     x_rows = [builder.add(x, builder.mul(x_stride, I64(m))) for m in range(tokens)]
@@ -182,30 +186,30 @@ def _dense_module(arithmetic: Arithmetic, width: int, tokens: int) -> ir.Module:
             word = builder.add(first_word, k)
             word_at = builder.add(words, builder.mul(word, I64(4 * TILE_ROWS)))
             x_offset = builder.mul(word, I64(x_bytes_per_word))
-            packed = [_load(builder, _offset(builder, word_at, 4 * LANES * i), I32x16) for i in range(VECTORS)]
+            packed = [load(builder, offset(builder, word_at, 4 * LANES * i), I32x16) for i in range(VECTORS)]
             if width < 16:  # expanded words are in the cache already
                 for i in range(VECTORS):
-                    _prefetch(builder, _offset(builder, word_at, PREFETCH_BYTES + 4 * LANES * i))
+                    prefetch(builder, offset(builder, word_at, PREFETCH_BYTES + 4 * LANES * i))
             sums = dict(zip(sums_of_tile, totals, strict=True))
             for field in arithmetic.fields(width):
-                shifted = [builder.lshr(w, _constant(I32x16, field.shift)) for w in packed]
+                shifted = [builder.lshr(w, constant(I32x16, field.shift)) for w in packed]
                 factors = [arithmetic.decode(builder, w, field, width) for w in shifted]
                 for m, x_row in enumerate(x_rows):
-                    address = _offset(builder, builder.add(x_row, x_offset), field.offset)
+                    address = offset(builder, builder.add(x_row, x_offset), field.offset)
                     activation = arithmetic.activation(builder, address)
                     for i, factor in enumerate(factors):
                         sums[m, i] = arithmetic.multiply_add(builder, factor, activation, sums[m, i])
             return list(sums.values())
 
-        totals = _loop(builder, words_per_group, [_constant(F32x16, 0.0)] * len(sums_of_tile), one_word)
+        totals = loop(builder, words_per_group, [constant(F32x16, 0.0)] * len(sums_of_tile), one_word)
         scale_at = builder.add(scales, builder.mul(group, scale_stride))
-        scale = [_load(builder, _offset(builder, scale_at, 4 * LANES * i), F32x16) for i in range(VECTORS)]
+        scale = [load(builder, offset(builder, scale_at, 4 * LANES * i), F32x16) for i in range(VECTORS)]
         for (m, i), total in zip(sums_of_tile, totals, strict=True):
-            address = _offset(builder, y_rows[m], 4 * LANES * i)
-            _store(builder, _fma(builder, total, scale[i], _load(builder, address, F32x16)), address)
+            address = offset(builder, y_rows[m], 4 * LANES * i)
+            store(builder, fma(builder, total, scale[i], load(builder, address, F32x16)), address)
         return []
 
-    _loop(builder, groups, [], one_group)
+    loop(builder, groups, [], one_group)
     builder.ret_void()
     return builder.module
 
@@ -216,56 +220,56 @@ def _overflow_module(lanes: int) -> ir.Module:
     out[row, lane] += Σ over entries of the tile of scale[column >> group_shift, row] · excess · x[column, lane].
     x: float32 [columns, lanes]. entries, offsets: see `vllm_babai.cpu`; offsets from the first block of the tile on.
     """
-    builder, arguments = _function(f"overflow_{lanes}", 8)
+    builder, arguments = new_function(f"overflow_{lanes}", 8)
     x, entries, offsets, blocks, scales, scale_stride, group_shift, out = arguments
     vector = ir.VectorType(F32, lanes)
 
     def one_block(block: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
         offset_at = builder.add(offsets, builder.mul(block, I64(4)))
-        first = builder.sext(_load(builder, offset_at, I32), I64)
-        last = builder.sext(_load(builder, _offset(builder, offset_at, 4), I32), I64)
+        first = builder.sext(load(builder, offset_at, I32), I64)
+        last = builder.sext(load(builder, offset(builder, offset_at, 4), I32), I64)
         first_column = builder.mul(block, I64(BLOCK_COLUMNS))
 
         def one_entry(k: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
             entry_at = builder.add(entries, builder.mul(builder.add(first, k), I64(4)))
-            entry = _load(builder, entry_at, I32)
+            entry = load(builder, entry_at, I32)
             excess = builder.sitofp(builder.ashr(entry, I32(16)), F32)
             place = builder.zext(entry, I64)
             row = builder.urem(place, I64(TILE_ROWS))
             column = builder.add(first_column, builder.urem(builder.udiv(place, I64(TILE_ROWS)), I64(BLOCK_COLUMNS)))
             scale_of_group = builder.add(scales, builder.mul(builder.lshr(column, group_shift), scale_stride))
-            scale = _load(builder, builder.add(scale_of_group, builder.mul(row, I64(4))), F32)
-            activation = _load(builder, builder.add(x, builder.mul(column, I64(4 * lanes))), vector)
-            factor = _splat(builder, builder.fmul(excess, scale), vector)
+            scale = load(builder, builder.add(scale_of_group, builder.mul(row, I64(4))), F32)
+            activation = load(builder, builder.add(x, builder.mul(column, I64(4 * lanes))), vector)
+            factor = splat(builder, builder.fmul(excess, scale), vector)
             out_at = builder.add(out, builder.mul(row, I64(4 * lanes)))
-            _store(builder, _fma(builder, factor, activation, _load(builder, out_at, vector)), out_at)
+            store(builder, fma(builder, factor, activation, load(builder, out_at, vector)), out_at)
             return []
 
-        _loop(builder, builder.sub(last, first), [], one_entry)
+        loop(builder, builder.sub(last, first), [], one_entry)
         return []
 
-    _loop(builder, blocks, [], one_block)
+    loop(builder, blocks, [], one_block)
     builder.ret_void()
     return builder.module
 
 
 def _expand_module(width: int) -> ir.Module:
     """expand(words, count, pairs): fields of `width` bits → words of width 16, which hold two bfloat16 integers."""
-    builder, (words, count, pairs) = _function(f"expand_{width}", 3)
+    builder, (words, count, pairs) = new_function(f"expand_{width}", 3)
     fields = 16 // width
 
     def one_word(word: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
         word_at = builder.add(words, builder.mul(word, I64(4 * TILE_ROWS)))
         pairs_at = builder.add(pairs, builder.mul(word, I64(4 * TILE_ROWS * fields)))
         for i in range(VECTORS):
-            _prefetch(builder, _offset(builder, word_at, PREFETCH_BYTES + 4 * LANES * i))
+            prefetch(builder, offset(builder, word_at, PREFETCH_BYTES + 4 * LANES * i))
         for i in range(VECTORS):
-            packed = _load(builder, _offset(builder, word_at, 4 * LANES * i), I32x16)
+            packed = load(builder, offset(builder, word_at, 4 * LANES * i), I32x16)
             for p, pair in enumerate(_expand(builder, packed, width)):
-                _store(builder, pair, _offset(builder, pairs_at, 4 * (TILE_ROWS * p + LANES * i)))
+                store(builder, pair, offset(builder, pairs_at, 4 * (TILE_ROWS * p + LANES * i)))
         return []
 
-    _loop(builder, count, [], one_word)
+    loop(builder, count, [], one_word)
     builder.ret_void()
     return builder.module
 
@@ -274,39 +278,39 @@ def _expand(builder: ir.IRBuilder, packed: ir.Value, width: int) -> list[ir.Valu
     """Pairs of bfloat16 integers from the fields of packed words: by table, or for 8 bits by conversion."""
     if width < 8:
         pairs = Bfloat16()
-        shifted = [(builder.lshr(packed, _constant(I32x16, field.shift)), field) for field in pairs.fields(width)]
+        shifted = [(builder.lshr(packed, constant(I32x16, field.shift)), field) for field in pairs.fields(width)]
         return [pairs.decode(builder, word, field, width) for word, field in shifted]
     floats = []
     for field in Float32().fields(width):
-        value = Float32().decode(builder, builder.lshr(packed, _constant(I32x16, field.shift)), field, width)
+        value = Float32().decode(builder, builder.lshr(packed, constant(I32x16, field.shift)), field, width)
         floats.append(builder.bitcast(value, I32x16))
     return [
-        builder.or_(builder.lshr(even, _constant(I32x16, 16)), builder.and_(odd, _constant(I32x16, 0xFFFF0000)))
+        builder.or_(builder.lshr(even, constant(I32x16, 16)), builder.and_(odd, constant(I32x16, 0xFFFF0000)))
         for even, odd in zip(floats[::2], floats[1::2], strict=True)
     ]
 
 
 def _insert_module() -> ir.Module:
     """insert(entries, count, pairs): pairs of bfloat16 integers += the entries of their block, rounded to bfloat16."""
-    builder, (entries, count, pairs) = _function("insert", 3)
+    builder, (entries, count, pairs) = new_function("insert", 3)
 
     def one_entry(k: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
         entry_at = builder.add(entries, builder.mul(k, I64(4)))
-        entry = _load(builder, entry_at, I32)
+        entry = load(builder, entry_at, I32)
         excess = builder.sitofp(builder.ashr(entry, I32(16)), F32)
         place = builder.zext(entry, I64)
         row = builder.urem(place, I64(TILE_ROWS))
         column = builder.urem(builder.udiv(place, I64(TILE_ROWS)), I64(BLOCK_COLUMNS))
         pair_at = builder.add(builder.mul(builder.udiv(column, I64(2)), I64(4 * TILE_ROWS)), builder.mul(row, I64(4)))
         weight_at = builder.add(pairs, builder.add(pair_at, builder.mul(builder.urem(column, I64(2)), I64(2))))
-        dense = builder.shl(builder.zext(_load(builder, weight_at, I16), I32), I32(16))
+        dense = builder.shl(builder.zext(load(builder, weight_at, I16), I32), I32(16))
         total = builder.bitcast(builder.fadd(builder.bitcast(dense, F32), excess), I32)
         odd = builder.and_(builder.lshr(total, I32(16)), I32(1))
         rounded = builder.lshr(builder.add(builder.add(total, I32(0x7FFF)), odd), I32(16))
-        _store(builder, builder.trunc(rounded, I16), weight_at)
+        store(builder, builder.trunc(rounded, I16), weight_at)
         return []
 
-    _loop(builder, count, [], one_entry)
+    loop(builder, count, [], one_entry)
     builder.ret_void()
     return builder.module
 
@@ -316,125 +320,30 @@ def _dequantize_module(width: int) -> ir.Module:
 
     weight[k, row] = scale[group, row] · integer[row, k], float32, for the rows of a tile.
     """
-    builder, arguments = _function(f"dequantize_{width}", 7)
+    builder, arguments = new_function(f"dequantize_{width}", 7)
     words, scales, weight, scale_stride, weight_stride, groups, words_per_group = arguments
     arithmetic = Float32()
 
     def one_group(group: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
         scale_at = builder.add(scales, builder.mul(group, scale_stride))
-        scale = [_load(builder, _offset(builder, scale_at, 4 * LANES * i), F32x16) for i in range(VECTORS)]
+        scale = [load(builder, offset(builder, scale_at, 4 * LANES * i), F32x16) for i in range(VECTORS)]
 
         def one_word(k: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
             word = builder.add(builder.mul(group, words_per_group), k)
             word_at = builder.add(words, builder.mul(word, I64(4 * TILE_ROWS)))
             weight_at = builder.add(weight, builder.mul(word, builder.mul(weight_stride, I64(weights_per_word(width)))))
             for i in range(VECTORS):
-                packed = _load(builder, _offset(builder, word_at, 4 * LANES * i), I32x16)
+                packed = load(builder, offset(builder, word_at, 4 * LANES * i), I32x16)
                 for k_in_word, field in enumerate(arithmetic.fields(width)):
-                    shifted = builder.lshr(packed, _constant(I32x16, field.shift))
+                    shifted = builder.lshr(packed, constant(I32x16, field.shift))
                     value = builder.fmul(arithmetic.decode(builder, shifted, field, width), scale[i])
                     row_at = builder.add(weight_at, builder.mul(weight_stride, I64(k_in_word)))
-                    _store(builder, value, _offset(builder, row_at, 4 * LANES * i))
+                    store(builder, value, offset(builder, row_at, 4 * LANES * i))
             return []
 
-        _loop(builder, words_per_group, [], one_word)
+        loop(builder, words_per_group, [], one_word)
         return []
 
-    _loop(builder, groups, [], one_group)
+    loop(builder, groups, [], one_group)
     builder.ret_void()
     return builder.module
-
-
-def _function(name: str, arguments: int) -> tuple[ir.IRBuilder, Sequence[ir.Value]]:
-    """A function of integer arguments (addresses are integers too), and a builder at its start."""
-    function = ir.Function(ir.Module(name), ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
-    # Processors that would rather use 256-bit vectors must not split those of `Bfloat16`. llvmlite's `add` knows no
-    # attributes that are strings.
-    set.add(function.attributes, '"min-legal-vector-width"="512" "prefer-vector-width"="512"')
-    return ir.IRBuilder(function.append_basic_block()), function.args
-
-
-def _loop(
-    builder: ir.IRBuilder,
-    count: ir.Value,
-    initial: Sequence[ir.Value],
-    body: Callable[[ir.Value, Sequence[ir.Value]], list[ir.Value]],
-) -> list[ir.Value]:
-    """Run body(index, carried) → carried `count` times; returns what the last round carried."""
-    before, head, inside, end = builder.block, *(builder.append_basic_block() for _ in range(3))
-    builder.branch(head)
-    builder.position_at_end(head)
-    index = builder.phi(I64)
-    carried = [builder.phi(value.type) for value in initial]
-    builder.cbranch(builder.icmp_unsigned("<", index, count), inside, end)
-    builder.position_at_end(inside)
-    results = body(index, carried)
-    following = builder.add(index, I64(1))
-    for phi, first, again in zip([index, *carried], [I64(0), *initial], [following, *results], strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(again, builder.block)
-    builder.branch(head)
-    builder.position_at_end(end)
-    return carried
-
-
-def _declare(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
-    known = builder.module.globals.get(name)
-    return known or ir.Function(builder.module, ir.FunctionType(result, arguments), name=name)
-
-
-def _constant(vector: ir.VectorType, value: float) -> ir.Constant:
-    return ir.Constant(vector, [value] * vector.count)
-
-
-def _offset(builder: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
-    return builder.add(address, I64(offset))
-
-
-def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=2)
-
-
-def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=2)
-
-
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Fetch a cache line to read it soon; an address that does not exist does no harm."""
-    pointer = ir.IntType(8).as_pointer()
-    prefetch = _declare(builder, "llvm.prefetch.p0i8", ir.VoidType(), [pointer, I32, I32, I32])
-    read, soon, data = I32(0), I32(3), I32(1)
-    builder.call(prefetch, [builder.inttoptr(address, pointer), read, soon, data])
-
-
-def _splat(builder: ir.IRBuilder, value: ir.Value, vector: ir.VectorType) -> ir.Value:
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
-    zeros = ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count)
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
-
-
-def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    fma = _declare(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a.type] * 3)
-    return builder.call(fma, [a, b, c])
-
-
-@cache
-def _compiler() -> tuple[llvm.TargetMachine, llvm.ExecutionEngine]:
-    """The one compiler of this process; what it compiled lives as long as it does."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-    )
-    return machine, llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-
-
-def _compile(module: ir.Module) -> int:
-    """Address of the one function of a module."""
-    machine, engine = _compiler()
-    compiled = llvm.parse_assembly(str(module))
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
-    passes.getModulePassManager().run(compiled, passes)
-    engine.add_module(compiled)
-    engine.finalize_object()
-    return engine.get_function_address(module.name)

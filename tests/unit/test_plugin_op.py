@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_babai import cpu, ops
+from vllm_babai import cpu, cpu_loops, ops
 from vllm_babai.cpu_kernel import Bfloat16, has_bfloat16
 from vllm_babai.format import SSQR, LatticeWeight, decode_overflow, integer_range
 from vllm_babai.layout import DeviceLayout
@@ -196,7 +196,7 @@ def test_thread_count_of_torch_stays() -> None:
 
 def test_no_directory_for_compiled_code_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
-    runpy.run_module("vllm_babai.cpu_loops")
+    runpy.run_path(cpu_loops.__file__)
 
 
 @pytest.mark.parametrize("tokens", [1, 64])

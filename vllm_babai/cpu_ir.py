@@ -1,0 +1,131 @@
+"""What the CPU kernels are written with: LLVM's types and instructions, and the compiler for the processor at hand.
+
+Addresses are 64-bit integers here, as Python and numba hand them over; vectors need not be aligned.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I16x32, I32x16, F32x16 = ir.VectorType(I16, 32), ir.VectorType(I32, 16), ir.VectorType(F32, 16)
+
+
+class BfloatType(ir.Type):
+    """bfloat, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BfloatType)
+
+    def __hash__(self) -> int:
+        return hash(BfloatType)
+
+
+BF16x32 = ir.VectorType(BfloatType(), 32)
+
+
+def new_function(name: str, arguments: int) -> tuple[ir.IRBuilder, Sequence[ir.Value]]:
+    """A function of integer arguments (addresses are integers too), and a builder at its start."""
+    function = ir.Function(ir.Module(name), ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
+    # Processors that would rather use 256-bit vectors must not split those of `Bfloat16`. llvmlite's `add` knows no
+    # attributes that are strings.
+    set.add(function.attributes, '"min-legal-vector-width"="512" "prefer-vector-width"="512"')
+    return ir.IRBuilder(function.append_basic_block()), function.args
+
+
+def loop(
+    builder: ir.IRBuilder,
+    count: ir.Value,
+    initial: Sequence[ir.Value],
+    body: Callable[[ir.Value, Sequence[ir.Value]], list[ir.Value]],
+) -> list[ir.Value]:
+    """Run body(index, carried) → carried `count` times; returns what the last round carried."""
+    before, head, inside, end = builder.block, *(builder.append_basic_block() for _ in range(3))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(I64)
+    carried = [builder.phi(value.type) for value in initial]
+    builder.cbranch(builder.icmp_unsigned("<", index, count), inside, end)
+    builder.position_at_end(inside)
+    results = body(index, carried)
+    following = builder.add(index, I64(1))
+    for phi, first, again in zip([index, *carried], [I64(0), *initial], [following, *results], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(again, builder.block)
+    builder.branch(head)
+    builder.position_at_end(end)
+    return carried
+
+
+def declare(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
+    """A function that LLVM knows by this name, most often an instruction of the processor."""
+    known = builder.module.globals.get(name)
+    return known or ir.Function(builder.module, ir.FunctionType(result, arguments), name=name)
+
+
+def constant(vector: ir.VectorType, value: float) -> ir.Constant:
+    """A vector with the same value in every lane."""
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def offset(builder: ir.IRBuilder, address: ir.Value, distance: int) -> ir.Value:
+    """The address so many bytes behind another."""
+    return builder.add(address, I64(distance))
+
+
+def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    """What stands at an address: a scalar or a vector."""
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=2)
+
+
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    """Write a scalar or a vector to an address."""
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=2)
+
+
+def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Fetch a cache line to read it soon; an address that does not exist does no harm."""
+    pointer = ir.IntType(8).as_pointer()
+    intrinsic = declare(builder, "llvm.prefetch.p0i8", ir.VoidType(), [pointer, I32, I32, I32])
+    read, soon, data = I32(0), I32(3), I32(1)
+    builder.call(intrinsic, [builder.inttoptr(address, pointer), read, soon, data])
+
+
+def splat(builder: ir.IRBuilder, value: ir.Value, vector: ir.VectorType) -> ir.Value:
+    """A vector with a scalar in every lane."""
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
+    zeros = ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+
+
+def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a · b + c of float32 vectors, rounded once."""
+    intrinsic = declare(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a.type] * 3)
+    return builder.call(intrinsic, [a, b, c])
+
+
+@cache
+def _compiler() -> tuple[llvm.TargetMachine, llvm.ExecutionEngine]:
+    """The one compiler of this process; what it compiled lives as long as it does."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+    )
+    return machine, llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+
+
+def compile_function(module: ir.Module) -> int:
+    """Address of the one function of a module."""
+    machine, engine = _compiler()
+    compiled = llvm.parse_assembly(str(module))
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(compiled, passes)
+    engine.add_module(compiled)
+    engine.finalize_object()
+    return engine.get_function_address(module.name)
