@@ -36,9 +36,10 @@ COLUMNS = {
 
 
 def stored_linear(rows: int, columns: int, rate: float) -> StoredLinear:
-    """Gaussian integers of this entropy, with one step."""
+    """Gaussian integers of about this entropy, with one step, spread by row and column as far as a dozen contexts."""
     sigma = 2**rate / (2 * torch.pi * torch.e) ** 0.5
-    integers = torch.randn(rows, columns).mul_(sigma).round_().short()
+    spread = torch.exp2(0.1 * torch.randn(rows, 1)) * torch.exp2(0.1 * torch.randn(columns))
+    integers = torch.randn(rows, columns).mul_(sigma * spread).round_().short()
     stored = HPTQ.encode(LatticeWeight(integers, torch.ones(1, 1).bfloat16()))
     return StoredLinear(stored.tensors(), (rows, columns), [Window(slice(0, rows), slice(0, columns))])
 

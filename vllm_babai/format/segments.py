@@ -2,7 +2,7 @@
 
 Each stream is decoded once, and what the decoder has in front of some rows is noted: its position and its states. From
 there decoding can start as well as at the head of the tile, so that thousands of warps of a GPU find work in tiles that
-are large for the sake of the disk. It takes 0.08 bit per weight of memory.
+are large for the sake of the disk. Their states and places take 0.08 bit per weight of memory.
 """
 
 from collections.abc import Sequence
