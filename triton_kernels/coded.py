@@ -15,6 +15,7 @@ from vllm_babai.triton_kernels.configs import Target
 from vllm_babai.triton_kernels.entropy import WARP, decode, decode_step, load_segment
 
 MAX_TOKENS = 4  # of the fused kernel: what a lane loads at once
+COMPILED_FOR = (1, 2, MAX_TOKENS, MAX_TOKENS + 1)
 
 
 def multiply_coded(x: Tensor, coded: CodedTensors) -> Tensor:

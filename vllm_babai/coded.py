@@ -70,7 +70,8 @@ def multiply_decoded(x: Tensor, coded: CodedTensors, decode: Callable[[CodedTens
 def backend(device_type: str) -> ModuleType:
     """The module whose `multiply_coded(x, CodedTensors)` is for this type of device.
 
-    Raises NotImplementedError where there is none.
+    Its COMPILED_FOR: numbers of tokens that between them use everything it compiles. Raises NotImplementedError where
+    there is none.
     """
     if device_type not in BACKENDS:
         raise NotImplementedError(f"babai decodes on {', '.join(BACKENDS)}, not on {device_type}")

@@ -9,6 +9,7 @@ from vllm_babai.format.parallel import parallel_map
 from vllm_babai.format.rans import decode_segments
 from vllm_babai.format.segments import SEGMENT
 
+COMPILED_FOR = (1,)
 SEGMENTS_AT_A_TIME = 8
 
 

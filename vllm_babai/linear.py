@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
 from vllm_babai import ops
-from vllm_babai.coded import coded_tensors
+from vllm_babai.coded import backend, coded_tensors
 from vllm_babai.format import LayerScheme
 from vllm_babai.layout import DeviceLayout
 from vllm_babai.parameter import StoredParameter
@@ -130,7 +130,8 @@ class CodedLinearMethod(BabaiLinearMethod):
         return torch.ops.babai.coded_matmul(x, *(getattr(layer, name) for name in CODED_NAMES), self.across)
 
     def _warm_up(self, layer: torch.nn.Module, device: torch.device) -> None:
-        self._multiply(layer, torch.zeros(1, self.in_features, dtype=self.params_dtype, device=device))
+        for tokens in backend(device.type).COMPILED_FOR:
+            self._multiply(layer, torch.zeros(tokens, self.in_features, dtype=self.params_dtype, device=device))
 
 
 METHODS = {"packed": BabaiLinearMethod, "coded": CodedLinearMethod}

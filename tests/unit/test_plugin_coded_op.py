@@ -78,6 +78,15 @@ def test_under_torch_compile() -> None:
     assert torch.equal(compiled(x), forward(x))
 
 
+def test_warm_up_meets_every_kernel_that_tokens_choose() -> None:
+    """The fused kernel is compiled for powers of two; beyond them the decoder runs."""
+    from vllm_babai.triton_kernels.coded import COMPILED_FOR, MAX_TOKENS
+
+    fused = {1 << (tokens - 1).bit_length() for tokens in range(1, MAX_TOKENS + 1)}
+    assert fused == {tokens for tokens in COMPILED_FOR if tokens <= MAX_TOKENS}
+    assert max(COMPILED_FOR) > MAX_TOKENS
+
+
 def test_devices_without_a_decoder_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="not on xpu"):
         coded.backend("xpu")
