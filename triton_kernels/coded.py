@@ -33,13 +33,7 @@ def _multiply_fused(x: Tensor, coded: CodedTensors) -> Tensor:
     by_column = torch.nn.functional.pad(x.float(), (0, 0, 0, tokens - len(x))).t().contiguous()
     partial = torch.zeros(coded.across, rows, tokens, dtype=torch.float32, device=x.device)
     multiply_kernel[(len(coded.segments),)](
-        coded.words,
-        coded.segments,
-        coded.states,
-        coded.row_class,
-        coded.column_class,
-        coded.table,
-        coded.scales,
+        *coded.tensors,
         by_column,
         partial,
         rows,

@@ -32,13 +32,7 @@ def decode(coded: CodedTensors, out: Tensor) -> Tensor:
         raise TypeError(f"can decode to int16 or to a floating type, not to {out.dtype}")
     groups = coded.scales.shape[1]
     decode_kernel[(len(coded.segments),)](
-        coded.words,
-        coded.segments,
-        coded.states,
-        coded.row_class,
-        coded.column_class,
-        coded.table,
-        coded.scales,
+        *coded.tensors,
         out,
         columns,
         groups,

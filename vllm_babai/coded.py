@@ -37,6 +37,11 @@ class CodedTensors(NamedTuple):
     scales: Tensor
     across: int
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors, in the order in which the GPU kernels take them."""
+        return self[:-1]
+
 
 def coded_tensors(segments: Segments, scales: Tensor, device: torch.device) -> CodedTensors:
     """Segments of a layer, and its scales, bfloat16 [rows, groups], on a device."""
