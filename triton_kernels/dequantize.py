@@ -32,13 +32,13 @@ def dense_kernel(
     BACKEND: tl.constexpr,
 ):
     """Dequantize one column block of one row tile."""
-    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    WORDS: tl.constexpr = BLOCK_COLUMNS * BITS // 512
     tile_rows = tl.arange(0, 64)
     block = tl.program_id(0)
     rows = tl.program_id(1) * 64 + tile_rows
     tile = tl.program_id(1) * column_blocks + block
     words = load_words(
-        dense_ptr + tile * (WORDS * 1024) + tile_rows[:, None] * 16 + tl.arange(0, 16)[None, :], BITS, 1024
+        dense_ptr + tile * (WORDS * 1024) + tile_rows[:, None] * 16 + tl.arange(0, 16)[None, :], WORDS, 1024
     )
     row_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * k
     for slot in tl.static_range(BLOCK_COLUMNS // 32):

@@ -25,7 +25,7 @@ OVERFLOW_ELEMENTS = 2048  # products that the overflow part computes at a time, 
 SUM_ELEMENTS = 4096  # partial sums that are loaded at a time, at most
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "column_blocks", "splits", "segments"])
 def fused_kernel(
     x_ptr,  # [m, k]
     xt_ptr,  # [k, m tiles · BM], x itself when there is one token
@@ -120,7 +120,7 @@ def _dense_share(
 ):  # fmt: skip
     """Write the sum over some column blocks, scaled, to a partial [BM, ROWS]."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    WORDS: tl.constexpr = BLOCK_COLUMNS * BITS // 512
     TILE_WORDS: tl.constexpr = 64 * 16
     tokens = first_token + tl.arange(0, BM)[None, :]
     features = tl.arange(0, 32)[:, None]
@@ -133,7 +133,7 @@ def _dense_share(
     total = tl.zeros((ROWS, BM), tl.float32)
     group_total = tl.zeros((ROWS, BM), tl.float32)
     for block in tl.range(first_block, last_block, num_stages=STAGES):
-        words = load_words(word_ptrs + block * (WORDS * TILE_WORDS), BITS, TILE_WORDS)
+        words = load_words(word_ptrs + block * (WORDS * TILE_WORDS), WORDS, TILE_WORDS)
         for slot in tl.static_range(BLOCK_COLUMNS // 32):
             column = block * BLOCK_COLUMNS + slot * 32
             inside = tokens < m
@@ -217,9 +217,9 @@ def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int
         "BM": block_m,
         "ONE_TILE": tokens < BUCKETS[-1],  # of tokens
         "STORED_M": tokens,
-        "SHARES_STEP": max(1, min(8, SUM_ELEMENTS // (config.rows * tokens))),
+        "SHARES_STEP": max(1, min(32, SUM_ELEMENTS // (config.rows * tokens))),
         "OVERFLOW_M": overflow_m,
-        "OVERFLOW_STEP": max(1, min(8, OVERFLOW_ELEMENTS // (config.rows * overflow_m))),
+        "OVERFLOW_STEP": max(1, min(16, OVERFLOW_ELEMENTS // (config.rows * overflow_m))),
         "STAGES": config.stages,
         "BACKEND": backend,
     }

@@ -3,8 +3,8 @@
 dense: int32 [row tiles, column blocks, words, TILE_ROWS, PAIRS]. A column block is cut into slots of 32 consecutive
     input features; pair c of a slot (features 2c and 2c + 1) sits in the same bit field of the low and of the high
     half of word c, so that one logic operation yields two 16-bit floats side by side. Field f of a half-word is slot
-    f. Three bits: five slots in each of three words, whose spare bits 15 and 31 together are the sixteenth slot, so
-    that a weight takes 3.0 bits exactly. Fields hold z + 2^(bits − 1).
+    f. Odd widths: 16 // bits slots in each of as many words as a weight has bits, whose spare bits 15 and 31 together
+    are the last slot, so that a weight takes 3.0 or 5.0 bits exactly. Fields hold z + 2^(bits − 1).
 scales: bf16 [groups, padded out_features], so that neighbouring rows lie side by side.
 entries: int16 or int32 [entries], sorted by segment (2048 columns), row and column: bits 0…10 are the column in its
     segment, the rest the excess. What five bits of excess cannot say is spread over several entries of the same column;
@@ -32,7 +32,7 @@ SEGMENT = 1 << SEGMENT_BITS
 SMALLEST_ROWS = 32  # of an output tile of the fused kernel
 MAX_M_TILES = 8
 
-_SLOTS = {2: 8, 3: 16, 4: 4, 8: 2}
+_WORDS = {2: 1, 3: 3, 4: 1, 5: 5, 8: 1}  # by bits: int32 words that hold one pair of every slot of a column block
 _ROWS_AT_A_TIME = 1024
 
 
@@ -45,18 +45,18 @@ class Geometry:
     out_features: int
 
     def __post_init__(self) -> None:
-        if self.bits not in _SLOTS:
-            raise ValueError(f"bits is {self.bits}; there are kernels for {tuple(_SLOTS)}")
+        if self.bits not in _WORDS:
+            raise ValueError(f"bits is {self.bits}; there are kernels for {tuple(_WORDS)}")
 
     @property
     def words(self) -> int:
         """int32 words that hold one pair of every slot of a column block."""
-        return 3 if self.bits == 3 else 1
+        return _WORDS[self.bits]
 
     @property
     def slots(self) -> int:
         """Runs of 32 input features in a column block."""
-        return _SLOTS[self.bits]
+        return self.words * PAIRS // self.bits
 
     @property
     def block_columns(self) -> int:
@@ -127,9 +127,10 @@ def _pack_rows(integers: Tensor, geometry: Geometry) -> Tensor:
     fields = fields.view(-1, TILE_ROWS, geometry.column_blocks, geometry.slots, PAIRS, 2)
     fields = fields.permute(3, 5, 0, 2, 1, 4)  # slot, half, row tile, column block, row, pair
     fields = fields[:, 0] | fields[:, 1] << 16
-    if geometry.bits != 3:
-        return _combine(fields, geometry.bits).unsqueeze(2)
-    words = [_combine(fields[5 * t : 5 * t + 5], 3) | ((fields[15] >> t) & 0x00010001) << 15 for t in range(3)]
+    whole = 16 // geometry.bits  # slots in one word
+    words = [_combine(fields[whole * t : whole * (t + 1)], geometry.bits) for t in range(geometry.words)]
+    if geometry.slots > whole * geometry.words:
+        words = [word | ((fields[-1] >> t) & 0x00010001) << 15 for t, word in enumerate(words)]
     return torch.stack(words, dim=2)
 
 

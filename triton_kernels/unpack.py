@@ -58,11 +58,14 @@ def unpack_slot(words, SLOT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constex
 
     In the interpreter they come as fp32, for it cannot compute with bf16 (see `matrix_product`).
     """
-    FIELD: tl.constexpr = (0 if SLOT == 15 else SLOT % 5) if BITS == 3 else SLOT
-    if BITS == 3 and SLOT == 15:
-        word = (words[0] >> 15) & 0x00010001 | (words[1] >> 14) & 0x00020002 | (words[2] >> 13) & 0x00040004
+    WHOLE: tl.constexpr = 16 // BITS  # slots in one word
+    FIELD: tl.constexpr = SLOT % WHOLE
+    if SLOT < WHOLE * len(words):
+        word = words[SLOT // WHOLE]
     else:
-        word = words[SLOT // 5 if BITS == 3 else 0]
+        word = (words[0] >> 15) & 0x00010001
+        for bit in tl.static_range(1, BITS):
+            word |= (words[bit] >> (15 - bit)) & (0x00010001 << bit)
     if BACKEND == "cuda":
         pairs = tl.inline_asm_elementwise(
             pair_assembly(BITS, FIELD, tl.float16 == DTYPE), "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
@@ -80,15 +83,12 @@ def unpack_slot(words, SLOT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constex
 
 
 @triton.jit
-def load_words(pointers, BITS: tl.constexpr, WORD_STRIDE: tl.constexpr):
+def load_words(pointers, WORDS: tl.constexpr, WORD_STRIDE: tl.constexpr):
     """The words of one column block as a tuple of [rows, 16] tensors."""
-    first = tl.load(pointers, eviction_policy="evict_first")
-    if BITS == 3:
-        second = tl.load(pointers + WORD_STRIDE, eviction_policy="evict_first")
-        third = tl.load(pointers + 2 * WORD_STRIDE, eviction_policy="evict_first")
-        return first, second, third
-    else:  # without it the compiler sees two return types
-        return (first,)
+    words = (tl.load(pointers, eviction_policy="evict_first"),)
+    for i in tl.static_range(1, WORDS):
+        words += (tl.load(pointers + i * WORD_STRIDE, eviction_policy="evict_first"),)
+    return words
 
 
 @triton.jit

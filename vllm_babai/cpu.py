@@ -6,8 +6,8 @@ are rounded to bfloat16 there. Many on a processor with AMX: the dequantized wei
 
 Layout: `dense` int32 [tiles, words, 64], see `vllm_babai.cpu_kernel`; `scales` float32 [groups, 64 · tiles]; `entries`
 int32, by tile and block of 128 columns, excess · 2¹⁶ + place in [128 columns, 64 rows]; `offsets` int32
-[tiles · blocks + 1], first entry of every block. Three bits are stored in fields of four, which then hold most of the
-overflow as well.
+[tiles · blocks + 1], first entry of every block. Three bits are stored in fields of four and five in fields of eight,
+which then hold most of the overflow as well.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ from vllm_babai.cpu_loops import dequantize_tiles, run_expanded_tiles, run_tiles
 from vllm_babai.format import Overflow, integer_range, unpack
 from vllm_babai.layout import DeviceLayout
 
-FIELD_WIDTH = {2: 2, 3: 4, 4: 4, 8: 8}  # bits of the checkpoint → bits of a field
-EXPAND_TOKENS = {2: 17, 3: 24, 4: 17, 8: 6}  # by bits, measured: from here on, expanding is faster than decoding
+FIELD_WIDTH = {2: 2, 3: 4, 4: 4, 5: 8, 8: 8}  # bits of the checkpoint → bits of a field
+EXPAND_TOKENS = {2: 17, 3: 24, 4: 17, 5: 6, 8: 6}  # by bits, measured: from here on, expanding is faster than decoding
 DEQUANTIZE_TOKENS = 64  # with AMX: from here on, a dequantized matmul
 DEQUANTIZE_TILES = 2  # tiles dequantized at a time
 

@@ -20,7 +20,7 @@ from vllm_babai.triton_kernels.configs import BUCKETS, Target
 from vllm_babai.triton_kernels.dequantize import dequantize
 from vllm_babai.triton_kernels.layout import Geometry
 
-BIT_WIDTHS = (2, 3, 4, 8)
+BIT_WIDTHS = (2, 3, 4, 5, 8)
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,7 @@ def test_predict_draws_the_trade_off(model: Path, short_text: Path, tmp_path: Pa
     ("arguments", "message"),
     [
         (("inspect", "no-such-folder"), "neither a folder nor a model on the hub"),
-        (("quantize", "MODEL", "OUT", "--bits", "5"), "--bits must be one of"),
+        (("quantize", "MODEL", "OUT", "--bits", "6"), "--bits must be one of"),
         (("convert", "MODEL", "OUT", "--to", "dense"), "not quantized"),
     ],
 )

@@ -43,7 +43,7 @@ def test_scales_per_row(group_size: int, groups: int) -> None:
         ({"bitz": 4}, r"unknown fields \['bitz'\]"),
         ({"residency": "disk"}, "residency is 'disk'; this version knows"),
         ({"residency": "coded"}, "'coded' is for checkpoints of format 'hptq'; this one is 'ssqr'"),
-        ({"bits": 5}, "bits of the checkpoint is 5"),
+        ({"bits": 6}, "bits of the checkpoint is 6"),
         ({"overrides": {"model.layers.0.mlp.up_proj": {"bits": 7}}}, "bits of model.layers.0.mlp.up_proj is 7"),
         ({"format": "gguf"}, r"format is 'gguf'; this version reads \('ssqr', 'hptq'\)"),
         ({"group_size": 100}, r"group_size of the checkpoint is 100; this version reads \(-1, 32, 64, 128\)"),

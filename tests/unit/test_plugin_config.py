@@ -60,7 +60,7 @@ def test_model_that_is_not_quantized() -> None:
     ("field", "value", "message"),
     [
         ("format_version", 9, "format_version is 9"),
-        ("bits", 5, "bits of .* is 5"),
+        ("bits", 6, "bits of .* is 6"),
         ("format", "gguf", "format is 'gguf'"),
     ],
 )

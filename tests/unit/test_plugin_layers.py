@@ -176,7 +176,7 @@ def test_every_rank_decodes_its_part(name: str, group_size: int, residency: str,
         assert torch.equal(held_weight(layer, expected.shape[1]), expected)
 
 
-@pytest.mark.parametrize(("sigma", "bits"), [(0.3, 2), (1.5, 3), (3, 4), (20, 8), (1000, 8)])
+@pytest.mark.parametrize(("sigma", "bits"), [(0.3, 2), (1.5, 3), (3, 4), (6, 5), (20, 8), (1000, 8)])
 def test_smallest_width_with_little_overflow(sigma: float, bits: int) -> None:
     torch.manual_seed(0)
     layer = make_layer("gate_up_proj", checkpoint=CheckpointConfig("hptq"))

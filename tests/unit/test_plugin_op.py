@@ -17,7 +17,7 @@ from vllm_babai.format import SSQR, LatticeWeight, decode_overflow, integer_rang
 from vllm_babai.layout import DeviceLayout
 
 CPU = torch.device("cpu")
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 8)
 
 
 def random_weight(

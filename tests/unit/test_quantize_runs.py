@@ -167,7 +167,7 @@ def test_a_run_that_fails_leaves_what_it_was_to_replace(
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("bits", 5, "--bits must be one of"),
+        ("bits", 6, "--bits must be one of"),
         ("overflow", 0.5, "--overflow must be from 0 to 0.2, not 0.5"),
         ("group_size", 16, "--group-size must be one of"),
         ("order", "random", "--order must be one of min-pivot, activation, natural, reverse, not random"),

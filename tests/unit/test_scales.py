@@ -186,7 +186,7 @@ def test_report_holds_the_errors_of_the_layer() -> None:
     assert (report.name, report.rows, report.columns, report.bits, report.group_size) == ("layer", 64, 256, 4, 32)
 
 
-@pytest.mark.parametrize(("bits", "share"), [(2, 0.75), (3, 0.9), (4, 0.97)])
+@pytest.mark.parametrize(("bits", "share"), [(2, 0.75), (3, 0.9), (4, 0.97), (5, 0.98)])
 def test_keeping_targets_within_the_range_lowers_the_error(bits: int, share: float) -> None:
     weight, factor = random_layer()
     report = quantized(weight, factor, bits).report

@@ -6,8 +6,8 @@ a rank which holds some rows or columns decodes its tiles alone. Inside a tile p
 is a pair of numbers: the gap, which is how many positions lie between it and the entry before, and the excess e as
 2(|e| − 1), + 1 if e < 0.
 
-On a Gaussian matrix of 2048² of which 1% overflows, an entry costs 8.3, 9.3, 10.5 or 14.6 bits at 2, 3, 4 or 8 dense
-bits, everything counted: 0.1 more than its entropy, 8.08 of which are the position's.
+On a Gaussian matrix of 2048² of which 1% overflows, an entry costs 8.3, 9.3, 10.5, 11.6 or 14.6 bits at 2, 3, 4, 5 or 8
+dense bits, everything counted: 0.1 more than its entropy, 8.08 of which are the position's.
 """
 
 import struct

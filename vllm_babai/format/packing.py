@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_babai.format.errors import FormatError
 from vllm_babai.format.lattice import integer_range
 
-BIT_WIDTHS = (2, 3, 4, 8)
+BIT_WIDTHS = (2, 3, 4, 5, 8)
 
 
 def packed_bytes(in_features: int, bits: int) -> int:
