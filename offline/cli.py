@@ -1,6 +1,8 @@
 """The command `babai`."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -79,7 +81,8 @@ def quantize(
         dtype=dtype,
         seed=seed,
     )
-    folder = run(model, out, options, resume=resume, overwrite=overwrite)
+    with _resumable("`babai quantize` goes on where it stopped with --resume"):
+        folder = run(model, out, options, resume=resume, overwrite=overwrite)
     report = json.loads((folder / REPORT).read_text())
     size = report["checkpoint_bytes"] / 1e6
     typer.echo(f"{folder}: {report['bits_per_weight']:.3f} bits per quantized weight, {size:.1f} MB in all")
@@ -242,16 +245,27 @@ def tune(
         Path | None, typer.Option(help="Table to write; without it, the installed one for this GPU.")
     ] = None,
 ) -> None:
-    """Measure which kernel configurations are fastest on this GPU, and write its table."""
-    import torch
-
+    """Measure which kernel configurations are fastest on this GPU, and write its table; an interrupted run goes on."""
     from vllm_babai.offline.errors import QuantizationError
 
     if not torch.cuda.is_available():
         raise QuantizationError("babai tune measures a GPU, and there is none here")
+    from vllm_babai.triton_kernels.configs import FOLDER
     from vllm_babai.triton_kernels.tune import tune as run
 
-    typer.echo(f"{run(device, out, report=typer.echo)}: written")
+    with _resumable("the same command goes on where it stopped"):
+        path = run(device, out)
+    typer.echo(f"{path}: written" + ("" if path.parent.samefile(FOLDER) else f"; the kernels look in {FOLDER}"))
+
+
+@contextmanager
+def _resumable(advice: str) -> Iterator[None]:
+    """Say on Ctrl-C how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: {advice}", err=True)
+        raise typer.Exit(130) from None
 
 
 def main() -> None:
@@ -264,9 +278,6 @@ def main() -> None:
     except QuantizationError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted: `babai quantize` goes on where it stopped with --resume", err=True)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -1,37 +1,44 @@
-"""`babai tune`: measure launch configurations on the GPU at hand and write its configuration table."""
+"""`babai tune`: measure launch configurations on the GPU at hand and write its configuration table.
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+What is measured is kept as it comes in a file next to the table, so that an interrupted run goes on where it stopped.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vllm_babai.format import BIT_WIDTHS, Overflow
-from vllm_babai.layout import DeviceLayout
+from vllm_babai.format import BIT_WIDTHS
+from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.triton_kernels.bench import Bench
 from vllm_babai.triton_kernels.configs import BUCKETS, FOLDER, Config, Entry, Table, Target, file_name
-from vllm_babai.triton_kernels.dequantize import multiply_dequantized
-from vllm_babai.triton_kernels.fused import multiply_fused
-from vllm_babai.triton_kernels.layout import MAX_M_TILES, PAIRS, TILE_ROWS, Geometry, pack_overflow
-from vllm_babai.triton_kernels.timing import copies_needed, seconds_per_call
+from vllm_babai.triton_kernels.layout import MAX_M_TILES, Geometry
+from vllm_babai.triton_kernels.search import kernels, search
+from vllm_babai.triton_kernels.unfinished import Unfinished
 
 # output × input features: small models, and the layers of Llama-3-8B (fused QKV, output, gate-up, down)
 LAYER_SHAPES = ((1024, 1024), (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-OVERFLOW_RATE = 0.01
 MANY_TOKENS = (65, 96, 128, 192, 256, 384, 512)
-
-Measure = Callable[[Config], float]
+SPEED_PERIOD = 3600  # seconds over which speed is averaged: the first shape of a bit width compiles for the others
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One product to find a configuration for."""
+class Step:
+    """One thing to find out. tokens: a bucket to find a configuration for, or None for `dequantize_from`."""
 
     geometry: Geometry
-    tokens: int
+    tokens: int | None
+
+    @property
+    def name(self) -> str:
+        """What the progress bar and the file of an unfinished run call it."""
+        what = "many tokens" if self.tokens is None else f"{self.tokens} tokens"
+        return f"{self.geometry.bits} bits, {self.geometry.out_features} × {self.geometry.in_features}, {what}"
 
 
 def tune(
@@ -39,101 +46,78 @@ def tune(
     path: Path | None = None,
     shapes: Iterable[tuple[int, int]] = LAYER_SHAPES,
     bit_widths: Iterable[int] = BIT_WIDTHS,
-    report: Callable[[str], None] = print,
+    console: Console | None = None,
 ) -> Path:
     """Measure every bit width, bucket of tokens and shape (out_features, in_features); write the table of this GPU.
 
-    path: where the table goes, by default among the package's own, where it is found at the next start. Raises
-    RuntimeError without a GPU.
+    path: where the table goes, by default among the package's own, where it is found at the next start. Goes on with
+    an interrupted run to the same path. Raises QuantizationError without a GPU or where `path` cannot be written.
     """
-    device = torch.device(device)
-    target = Target.of(device)
+    console = console or Console()
+    device, target = _gpu(device)
     path = path or FOLDER / f"{file_name(target.name)}.json"
-    shapes = tuple(shapes)
-    entries, thresholds = [], []
-    for bits, (out_features, in_features) in product(bit_widths, shapes):
-        geometry = Geometry(bits, in_features, out_features)
-        layouts = _layouts(geometry, device)
-        for tokens in BUCKETS:
-            problem = Problem(geometry, tokens)
-            best = search(problem, _measure(problem, layouts, target))
-            entries.append(Entry(bits, tokens, out_features, in_features, best))
-            report(f"{bits} bits, {out_features} × {in_features}, {tokens} tokens: {best}")
-        thresholds.append(_dequantize_from(geometry, layouts, entries[-1].config, target))
-    threshold = sorted(thresholds)[len(thresholds) // 2]
-    Table(threshold, tuple(entries)).write(path)
-    report(f"dequantizing first from {threshold} tokens on; wrote {path}")
+    layers = [Geometry(bits, columns, rows) for bits, (rows, columns) in product(bit_widths, tuple(shapes))]
+    unfinished = Unfinished.open(path, target, console)
+    steps = [step for layer in layers for step in _steps(layer)]
+    known = sum(step.name in unfinished.results for step in steps)
+    if known:
+        console.out(f"going on with {unfinished.path}: {known} of {len(steps)} measurements are there", highlight=False)
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(steps), completed=known)
+        for layer in layers:
+            bench = Bench(layer, device, target)
+            for step in _steps(layer):
+                if step.name not in unfinished.results:
+                    progress.update(task, description=step.name)
+                    unfinished.add(step.name, _find_out(step, bench, unfinished.results))
+                    progress.advance(task)
+    table = _table(layers, unfinished.results)
+    unfinished.publish(table)
+    console.out(f"dequantizing first from {table.dequantize_from} tokens on", highlight=False)
     return path
 
 
-def candidates(problem: Problem) -> Iterator[Config]:
-    """Configurations worth measuring."""
-    few = problem.tokens <= 16
-    for rows, warps, stages, programs in product((64, 128), (2, 4), (2, 3, 4, 5), (1, 2, 3, 4, 6, 8, 12)):
-        if few or (warps == 4 and stages <= 4):
-            yield Config(rows, warps, stages, programs)
+def _gpu(device: torch.device | str) -> tuple[torch.device, Target]:
+    try:
+        device = torch.device(device)
+        return device, Target.of(device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that a device of this number is there
+        raise QuantizationError(f"--device {device}: {error}") from error
 
 
-def search(problem: Problem, measure: Measure) -> Config:
-    """The candidate with the least time; those that do not compile or do not fit the GPU are left out."""
-    timed = []
-    for config in candidates(problem):
-        try:
-            timed.append((measure(config), config))
-        except (CompilationError, OutOfResources, PTXASError):
-            continue
-    return min(timed, key=lambda pair: pair[0])[1]
+def _steps(layer: Geometry) -> list[Step]:
+    return [Step(layer, tokens) for tokens in (*BUCKETS, None)]
 
 
-def random_layout(geometry: Geometry, overflow_rate: float, device: torch.device, seed: int = 0) -> DeviceLayout:
-    """A layer of random integers with one scale per row; any pattern of bits is a valid dense part."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (geometry.padded_rows // TILE_ROWS, geometry.column_blocks, geometry.words, TILE_ROWS, PAIRS)
-    dense = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device)
-    scales = torch.rand(1, geometry.padded_rows, generator=generator).mul(0.02).bfloat16().to(device)
-    count = int(overflow_rate * geometry.out_features * geometry.in_features)
-    place = torch.randint(geometry.out_features * geometry.in_features, (count,), generator=generator).unique()
-    excess = torch.randint(1, 4, place.shape, generator=generator) * torch.randint(0, 2, place.shape).mul(2).sub(1)
-    overflow = Overflow((place // geometry.in_features).int(), (place % geometry.in_features).int(), excess.int())
-    entries, offsets = pack_overflow(overflow, geometry)
-    return DeviceLayout(dense, scales, entries.to(device), offsets.to(device))
+def _find_out(step: Step, bench: Bench, results: dict[str, Any]) -> Any:
+    """The result of a step as JSON has it; results: of the steps before."""
+    tokens = step.tokens
+    if tokens is None:
+        return dequantize_from(bench, Config(**results[Step(step.geometry, BUCKETS[-1]).name]))
+    usable = bench.usable(kernels(tokens), tokens)
+    if not usable:
+        raise QuantizationError(f"{step.name}: none of the kernels compiles for this GPU, {bench.target.name}")
+    return asdict(search(usable, lambda config: bench.fused_seconds(config, tokens, tokens)))
 
 
-def _layouts(geometry: Geometry, device: torch.device) -> list[DeviceLayout]:
-    """Copies of one random layer, as many as it takes to leave the cache cold."""
-    layout = random_layout(geometry, OVERFLOW_RATE, device)
-    copies = copies_needed(layout.dense.nbytes, device)
-    return [DeviceLayout(*(tensor.clone() for tensor in layout)) for _ in range(copies)]
-
-
-def _activations(geometry: Geometry, tokens: int, layouts: list[DeviceLayout]) -> Tensor:
-    return torch.randn(tokens, geometry.in_features, dtype=torch.bfloat16, device=layouts[0].dense.device)
-
-
-def _measure(problem: Problem, layouts: list[DeviceLayout], target: Target) -> Measure:
-    geometry, tokens = problem.geometry, problem.tokens
-    x = _activations(geometry, tokens, layouts)
-
-    def measure(config: Config) -> float:
-        def call(layout: DeviceLayout) -> Callable[[], Tensor]:
-            return lambda: multiply_fused(x, layout, geometry, config, tokens, target)
-
-        return seconds_per_call([call(layout) for layout in layouts])
-
-    return measure
-
-
-def _dequantize_from(geometry: Geometry, layouts: list[DeviceLayout], config: Config, target: Target) -> int:
+def dequantize_from(bench: Bench, config: Config) -> int:
     """The first number of tokens at which dequantizing the whole weight is faster than the fused kernel."""
     for m in MANY_TOKENS:
-        x = _activations(geometry, m, layouts)
-
-        def fused(layout: DeviceLayout, x: Tensor = x) -> Callable[[], Tensor]:
-            return lambda: multiply_fused(x, layout, geometry, config, BUCKETS[-1], target)
-
-        def dequantized(layout: DeviceLayout, x: Tensor = x) -> Callable[[], Tensor]:
-            return lambda: multiply_dequantized(x, layout, geometry, target.backend)
-
-        if seconds_per_call([dequantized(one) for one in layouts]) < seconds_per_call([fused(one) for one in layouts]):
+        if bench.dequantized_seconds(m) < bench.fused_seconds(config, BUCKETS[-1], m):
             return m
     return MAX_M_TILES * BUCKETS[-1] + 1
+
+
+def _table(layers: list[Geometry], results: dict[str, Any]) -> Table:
+    entries = [
+        Entry(layer.bits, tokens, layer.out_features, layer.in_features, Config(**results[Step(layer, tokens).name]))
+        for layer, tokens in product(layers, BUCKETS)
+    ]
+    thresholds = sorted(results[Step(layer, None).name] for layer in layers)
+    return Table(thresholds[len(thresholds) // 2], tuple(entries))
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("measured"))
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, *times, console=console, speed_estimate_period=SPEED_PERIOD)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_babai.offline.cli import main
+
 BABAI = Path(sys.executable).with_name("babai")
 
 
@@ -68,3 +70,15 @@ def test_errors_are_one_line_without_a_traceback(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_babai.offline.pipeline.quantize", interrupt)
+    monkeypatch.setattr("sys.argv", ["babai", "quantize", "model", "out"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 130
+    assert "goes on where it stopped with --resume" in capfd.readouterr().err
