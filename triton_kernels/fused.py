@@ -20,8 +20,7 @@ from vllm_babai.triton_kernels.layout import SLOT, Geometry
 from vllm_babai.triton_kernels.unpack import load_words, matrix_product, round_to, unpack_slot
 
 SMALLEST_DOT = {"cuda": 8, "hip": 16, "interpreter": 8}  # tokens that a matrix instruction takes at least
-OVERFLOW_TOKENS = 16  # tokens that the overflow part takes at a time
-OVERFLOW_ELEMENTS = 2048  # products that the overflow part computes at a time, at most
+OVERFLOW_PRODUCTS = 1024  # that a warp computes of the overflow part at a time, at most
 SUM_ELEMENTS = 4096  # partial sums that are loaded at a time, at most
 
 
@@ -207,7 +206,8 @@ def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int
     block = geometry.block_columns
     group_size = geometry.in_features // groups
     block_m = max(tokens, SMALLEST_DOT[backend])
-    overflow_m = min(tokens, OVERFLOW_TOKENS)
+    products = OVERFLOW_PRODUCTS * config.warps // config.rows  # of a row, at a time
+    overflow_m = min(tokens, products)
     return {
         "BITS": geometry.bits,
         "BLOCK_COLUMNS": block,
@@ -219,7 +219,7 @@ def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int
         "STORED_M": tokens,
         "SHARES_STEP": max(1, min(32, SUM_ELEMENTS // (config.rows * tokens))),
         "OVERFLOW_M": overflow_m,
-        "OVERFLOW_STEP": max(1, min(16, OVERFLOW_ELEMENTS // (config.rows * overflow_m))),
+        "OVERFLOW_STEP": min(16, products // overflow_m),
         "STAGES": config.stages,
         "BACKEND": backend,
     }
