@@ -29,7 +29,7 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     format: Annotated[Literal["ssqr", "hptq"], typer.Option(help="Dense + sparse, or entropy coded.")] = "ssqr",
-    bits: Annotated[int, typer.Option(help="SSQR: dense bits per weight: 2, 3, 4 or 8.")] = 4,
+    bits: Annotated[int, typer.Option(help="SSQR: dense bits per weight: 2, 3, 4, 5 or 8.")] = 4,
     overflow: Annotated[float, typer.Option(help="SSQR: share of weights stored sparsely.")] = 0.01,
     rate: Annotated[float, typer.Option(help="HPTQ: bits per weight, everything counted.")] = 3.125,
     column_steps: Annotated[bool, typer.Option(help="HPTQ: steps by column where they pay.")] = True,

@@ -87,7 +87,7 @@ def load_words(pointers, WORDS: tl.constexpr, WORD_STRIDE: tl.constexpr):
     """The words of one column block as a tuple of [rows, 16] tensors."""
     words = (tl.load(pointers, eviction_policy="evict_first"),)
     for i in tl.static_range(1, WORDS):
-        words += (tl.load(pointers + i * WORD_STRIDE, eviction_policy="evict_first"),)
+        words += (tl.load(pointers + i * WORD_STRIDE, eviction_policy="evict_first"),)  # type: ignore[assignment]
     return words
 
 

@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 8)
 SHAPES = {  # output × input features
     "Llama-3-8B qkv": (6144, 4096),
     "Llama-3-8B output": (4096, 4096),

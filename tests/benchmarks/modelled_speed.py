@@ -120,7 +120,7 @@ FORMATS = (
     Format("bf16", 16, 16, bf16_seconds),
     dense_sparse("SSQR 4 bits", 4 + 0.01 * 10.5 + 16 / 4096, 4, SSQR_RATE, 4, 0.01),
     dense_sparse("SSQR 3 bits", 3 + 0.01 * 9.3 + 16 / 4096, 3, SSQR_RATE, 3, 0.01),
-    dense_sparse("HPTQ 3.125 `packed`", 3.125, 4.9, CORES * PACKED_RATE, 4, 0.004),
+    dense_sparse("HPTQ 3.125 `packed`", 3.125, 4.3, CORES * PACKED_RATE, 4, 0.004),
     Format("HPTQ 3.125 `coded`", 3.125, 3.26, coded_seconds, CORES * CODED_RATE),
 )
 
