@@ -11,6 +11,7 @@ from vllm_babai.format import LatticeWeight, hptq, segments
 from vllm_babai.triton_kernels.coded import multiply_coded
 from vllm_babai.triton_kernels.entropy import decode
 
+
 def test_interpreted_decoder_is_exact() -> None:
     """In a process of its own: the interpreter cannot be switched on after Triton's kernels were defined."""
     script = [sys.executable, __file__]
