@@ -126,13 +126,14 @@ def clamp(integers, low, high, dense, beyond):
 @compiled
 def close_gaps(octets, bits, words):
     """Eight integers of `bits` bits, from a byte each to 8 · bits bits without gaps."""
-    pairs = np.uint64(0x0001000100010001) * np.uint64((1 << (2 * bits)) - 1)
-    fours = np.uint64(0x0000000100000001) * np.uint64((1 << (4 * bits)) - 1)
+    one = np.uint64(0x0001000100010001) * np.uint64((1 << bits) - 1)  # the lower of two neighbours
+    two = np.uint64(0x0000000100000001) * np.uint64((1 << (2 * bits)) - 1)
+    four = np.uint64((1 << (4 * bits)) - 1)
     for octet in range(len(octets)):
         word = octets[octet]
-        word = (word | word >> (np.uint64(8) - bits)) & pairs
-        word = (word | word >> (np.uint64(16) - 2 * bits)) & fours
-        words[octet] = word | word >> (np.uint64(32) - 4 * bits)
+        word = word & one | (word >> (np.uint64(8) - bits)) & (one << bits)
+        word = word & two | (word >> (np.uint64(16) - 2 * bits)) & (two << 2 * bits)
+        words[octet] = word & four | (word >> (np.uint64(32) - 4 * bits)) & (four << 4 * bits)
 
 
 @compiled
