@@ -7,6 +7,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_babai.format import CheckpointConfig, LayerScheme
 from vllm_babai.format.config import QUANT_METHOD
@@ -86,19 +87,23 @@ class BabaiConfig(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """How vLLM treats the layer called `prefix`; None (embeddings, lm_head, attention) leaves it to vLLM.
+        """How vLLM treats the layer called `prefix`; None (embeddings, attention) leaves it to vLLM.
 
-        Raises NotImplementedError for a mixture-of-experts layer and ValueError when linears that vLLM fuses are
-        stored differently.
+        Linears are quantized unless the checkpoint ignores them, lm_head only where its overrides name it. Raises
+        NotImplementedError for a mixture-of-experts layer and ValueError when linears that vLLM fuses are stored
+        differently.
         """
         if any(base.__name__ in MOE_LAYERS for base in type(layer).__mro__):
             raise NotImplementedError(f"{prefix}: mixture-of-experts layers are not supported yet")
+        if isinstance(layer, ParallelLMHead) and prefix in self.checkpoint.overrides:
+            return self._method(prefix, [prefix], self.checkpoint.scheme(prefix))
         if not isinstance(layer, LinearBase):
             return None
         names = self._checkpoint_names(prefix)
         scheme = self._common_scheme(prefix, names)
-        if scheme is None:
-            return UnquantizedLinearMethod()
+        return UnquantizedLinearMethod() if scheme is None else self._method(prefix, names, scheme)
+
+    def _method(self, prefix: str, names: list[str], scheme: LayerScheme) -> QuantizeMethodBase:
         method = METHODS[self.checkpoint.residency]
         return method(self.checkpoint.format, scheme, prefix, names, self.progress)
 

@@ -1,12 +1,14 @@
 """Linear layers in vLLM whose weight is a lattice point: stored tensors → tensors on the device → an op of ours."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_babai import ops
 from vllm_babai.coded import backend, coded_tensors
@@ -24,7 +26,7 @@ INPUT_SCALES = "input_scales"
 
 @register_weight_loader_v2_supported_method
 class BabaiLinearMethod(LinearMethodBase):
-    """One linear layer of vLLM, in any of its kinds (replicated, column, row, merged, QKV) and on any rank.
+    """One linear layer of vLLM, in any of its kinds (replicated, column, row, merged, QKV, lm_head) and on any rank.
 
     The rank holds its part dense + sparse. Where the columns have steps of their own, these are `input_scales`, float32
     [in_features]: x is multiplied by them in float32 and rounded to its dtype once, no more than a weight in that dtype
@@ -32,7 +34,7 @@ class BabaiLinearMethod(LinearMethodBase):
 
     format_name: format of the checkpoint. scheme: how the linears fused in this layer are stored.
     prefix: name of the layer in vLLM. names: names of those linears in the checkpoint, in the order of their rows.
-    progress: of the model's layers.
+    progress: of the model's layers. padding: outputs without a row, which vLLM adds to a vocabulary.
     """
 
     readers: ClassVar[dict[str, Reader]] = READERS
@@ -63,13 +65,24 @@ class BabaiLinearMethod(LinearMethodBase):
                 f"{self.prefix}: {input_size} input features do not divide among ranks into multiples of {multiple}, "
                 f"which {self.scheme} needs; choose a smaller tensor-parallel size"
             )
+        loader = weight_loader if hasattr(layer, "weight_loader_v2") else None
+        self.padding = 0
+        if isinstance(layer, ParallelLMHead):
+            first_row, rows = layer.shard_indices.org_vocab_start_index, layer.num_org_embeddings_per_partition
+            if not rows:
+                raise ValueError(
+                    f"{self.prefix}: a vocabulary of {layer.org_vocab_size} leaves this rank no part of it; "
+                    "choose a smaller tensor-parallel size"
+                )
+            loader = partial(StoredParameter.load_vocabulary, first_row=first_row, vocabulary=layer.org_vocab_size)
+            self.padding = sum(output_partition_sizes) - rows
+            output_partition_sizes = [rows]
         self.in_features, self.out_features = input_size_per_partition, sum(output_partition_sizes)
         self.params_dtype = params_dtype
         if len(self.names) == len(output_partition_sizes):
             self.sizes = dict(zip(self.names, output_partition_sizes, strict=True))
         else:  # fused on disk
             self.sizes = {self.prefix: self.out_features}
-        loader = weight_loader if hasattr(layer, "weight_loader_v2") else None
         for name, dtype in self.reader.tensors.items():
             parameter = StoredParameter(
                 dtype=dtype, rows=self.out_features, columns=self.in_features, weight_loader=loader
@@ -99,6 +112,8 @@ class BabaiLinearMethod(LinearMethodBase):
         if self.scales_inputs:
             x = (x * getattr(layer, INPUT_SCALES)).to(x.dtype)
         y = self._multiply(layer, x)
+        if self.padding:
+            y = torch.nn.functional.pad(y, (0, self.padding))
         return y if bias is None else y + bias
 
     def _place(self, weight: Any, device: torch.device) -> dict[str, Tensor]:

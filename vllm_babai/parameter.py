@@ -102,6 +102,11 @@ class StoredParameter(BasevLLMParameter):
         rank, ranks = self.tp_rank // replicas, self.tp_size // replicas
         self._note(loaded_weight, rank=rank, ranks=ranks, rows=shard_size, destination=shard_offset)
 
+    def load_vocabulary(self, stored: RowsOfTensor, first_row: int, vocabulary: int) -> None:
+        """Every rank holds some rows of all `vocabulary`, the last one perhaps fewer than the others."""
+        rows, columns = slice(first_row, first_row + self.rows), slice(0, self.columns)
+        self.parts.append(Part(stored.tensor, rows, columns, (vocabulary, self.columns), 0))
+
     def _note(self, stored: RowsOfTensor, *, rank: int, ranks: int, rows: int, destination: int) -> None:
         first = stored.first_row + rank * rows
         window, columns = slice(first, first + rows), slice(0, self.columns)

@@ -31,10 +31,14 @@ Answer = tuple[list[int], str, list[float]]  # prompt, greedy answer, log probab
 
 @pytest.fixture(scope="module")
 def hptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model, every linear rounded to nearest: with one step, or with a step for every column."""
+    """The bundled model, every linear rounded to nearest: with one step, or with a step for every column.
+
+    Its lm_head, too, which no longer is the embedding.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    for name, weight in load_file(MODEL / "model.safetensors").items():
-        if not name.endswith("_proj.weight"):
+    original = load_file(MODEL / "model.safetensors")
+    for name, weight in (original | {"lm_head.weight": original["model.embed_tokens.weight"]}).items():
+        if not name.endswith(("_proj.weight", "lm_head.weight")):
             tensors[name] = weight
             continue
         step = (weight.float().std() / STEPS_PER_SPREAD).bfloat16().reshape(1, 1)
@@ -48,7 +52,8 @@ def hptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(MODEL, folder)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((MODEL / "config.json").read_text())
-    config["quantization_config"] = CheckpointConfig("hptq").to_dict()
+    config["tie_word_embeddings"] = False
+    config["quantization_config"] = CheckpointConfig("hptq", overrides={"lm_head": {}}).to_dict()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers import vocab_parallel_embedding as vllm_vocabulary
 from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_babai.config import BabaiConfig
@@ -92,7 +93,7 @@ def vllm_config() -> Iterator[None]:
 @contextmanager
 def as_rank(rank: int, ranks: int) -> Iterator[None]:
     with ExitStack() as stack:
-        for module in (vllm_parameter, vllm_linear):
+        for module in (vllm_parameter, vllm_linear, vllm_vocabulary):
             for name, value in (("rank", rank), ("world_size", ranks)):
                 replacement = mock.Mock(return_value=value)
                 stack.enter_context(mock.patch.object(module, f"get_tensor_model_parallel_{name}", replacement))
@@ -416,3 +417,42 @@ def test_columns_that_do_not_divide(bits: int, group_size: int, multiple: int) -
         config = BabaiConfig(CheckpointConfig("ssqr", bits, group_size))
         with as_rank(0, 2):
             vllm_linear.RowParallelLinear(256 + 8, 64, bias=False, quant_config=config, prefix="model.row")
+
+
+VOCABULARY = 330  # vLLM pads it to 384
+
+
+def make_head(rank: int, ranks: int, checkpoint: CheckpointConfig) -> vllm_vocabulary.ParallelLMHead:
+    with as_rank(rank, ranks):
+        return vllm_vocabulary.ParallelLMHead(
+            VOCABULARY, HIDDEN, params_dtype=torch.float32, quant_config=BabaiConfig(checkpoint), prefix="lm_head"
+        )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["ssqr", "packed", "coded"])
+def test_every_rank_holds_its_part_of_the_vocabulary(kind: str, ranks: int) -> None:
+    torch.manual_seed(0)
+    if kind == "ssqr":
+        weight = random_weight(VOCABULARY, bits=5)
+        stored: SSQR | HPTQ = SSQR.encode(weight, 5)
+        checkpoint = CheckpointConfig("ssqr", 4, overrides={"lm_head": {"bits": 5}})
+    else:
+        weight = gaussian_weight(VOCABULARY, 1.5)
+        stored = HPTQ.encode(weight)
+        checkpoint = CheckpointConfig("hptq", residency=kind, overrides={"lm_head": {}})
+    padded = torch.nn.functional.pad(weight.dequantize(), (0, 0, 0, 384 - VOCABULARY))
+    for rank in range(ranks):
+        head = make_head(rank, ranks, checkpoint)
+        load(head, [(None, stored)])
+        assert torch.equal(held_weight(head, HIDDEN), rows(padded, rank, ranks))
+
+
+def test_a_head_that_the_checkpoint_does_not_name_stays_as_it_is() -> None:
+    head = make_head(0, 1, CheckpointConfig("ssqr", 4, ignore=["lm_head"]))
+    assert isinstance(head.quant_method, vllm_vocabulary.UnquantizedEmbeddingMethod)
+
+
+def test_a_rank_without_a_part_of_the_vocabulary() -> None:
+    with pytest.raises(ValueError, match="lm_head: a vocabulary of 330 leaves this rank no part of it"):
+        make_head(7, 8, CheckpointConfig("ssqr", 4, overrides={"lm_head": {"bits": 4}}))
