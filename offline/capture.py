@@ -130,7 +130,7 @@ def seen_by(block: nn.Module, linear: nn.Linear, hidden: Tensor, arguments: dict
 
 
 class _Watch(TorchFunctionMode):
-    """Runs a block until a linear has been called or, with `is_added`, until its output is an operand of a sum."""
+    """Runs a block until a linear is called or, with `is_added`, until its output is an operand of a sum."""
 
     def __init__(self, is_added: bool) -> None:
         super().__init__()
@@ -140,17 +140,21 @@ class _Watch(TorchFunctionMode):
 
     def run(self, block: nn.Module, linear: nn.Linear, batch: Tensor, arguments: dict[str, Any]) -> None:
         """Run the block; `inputs` and `stream` are then known."""
-        handle = linear.register_forward_hook(self._called)
+        handles = [linear.register_forward_pre_hook(self._reached), linear.register_forward_hook(self._called)]
         try:
             with self, suppress(_Reached):
                 run_block(block, batch, arguments)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
-    def _called(self, _: nn.Module, args: tuple, output: Tensor) -> None:
-        self.inputs, self.output = args[0], output
+    def _reached(self, _: nn.Module, args: tuple) -> None:
+        self.inputs = args[0]
         if not self.is_added:
             raise _Reached
+
+    def _called(self, _: nn.Module, __: tuple, output: Tensor) -> None:
+        self.output = output
 
     def __torch_function__(self, function: Callable, _: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function in ADDITIONS and len(args) == 2:

@@ -49,6 +49,13 @@ def quantize(
     drift: Annotated[bool, typer.Option(help="Correct weights for errors of earlier linears.")] = True,
     sensitivity: Annotated[bool, typer.Option(help="Weigh errors by how much the loss minds them.")] = True,
     ignore: Annotated[list[str], typer.Option(help="Regular expression of linears to leave as they are.")] = [],  # noqa: B006
+    lm_head: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits of lm_head, where it is not tied to the embedding: a width for SSQR, a rate for HPTQ; "
+            "without it, it stays as it is."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the model's forward pass: auto, float32, bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Fixes the choice of calibration sequences.")] = 0,
@@ -77,6 +84,7 @@ def quantize(
         drift=drift,
         sensitivity=sensitivity,
         ignore=ignore,
+        lm_head=lm_head,
         device=device,
         dtype=dtype,
         seed=seed,

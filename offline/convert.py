@@ -109,7 +109,7 @@ def _target_config(checkpoint: Checkpoint, config: CheckpointConfig, to: str) ->
         widths[linear] = smallest_width(weight.integers)
     shared = {linear: max(widths.get(name, 0) for name in fused_with(linear)) for linear in widths}
     common = max(set(shared.values()), key=list(shared.values()).count)
-    overrides = {linear: {"bits": bits} for linear, bits in shared.items() if bits != common}
+    overrides = {n: {"bits": bits} for n, bits in shared.items() if bits != common or n in config.overrides}
     return replace(config, bits=common, overrides=overrides)
 
 

@@ -1,7 +1,7 @@
 """Options of a quantization run."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -26,8 +26,10 @@ class QuantizeOptions:
     the model's positions allow). damping: λ over the Hessian's mean diagonal. drift: correct weights for what the
     quantized linears before have done, which takes a second copy of the calibration inputs.
     sensitivity: weigh tokens, rows and linears by how much the loss minds their errors, which takes one backward pass.
-    ignore: regular expressions; linears that one of them finds by full name stay as they are. device, dtype: of the
-    model's forward pass; 'auto' is CUDA where there is one, and bfloat16 there, float32 on the CPU.
+    ignore: regular expressions; linears that one of them finds by full name stay as they are. lm_head: bits of the
+    linear that makes logits, a width for SSQR, a rate for HPTQ; None: it stays as it is. No plan or sensitivity knows
+    it, nor does `ignore`. device, dtype: of the model's forward pass; 'auto' is CUDA where there is one, and bfloat16
+    there, float32 on the CPU.
     """
 
     format: Literal["ssqr", "hptq"] = "ssqr"
@@ -46,6 +48,7 @@ class QuantizeOptions:
     drift: bool = True
     sensitivity: bool = True
     ignore: list[str] = field(default_factory=list)
+    lm_head: float | None = None
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
@@ -64,6 +67,10 @@ class QuantizeOptions:
         _check("--samples", self.samples > 0, "positive", self.samples)
         _check("--sequence-length", self.sequence_length >= 0, "positive", self.sequence_length)
         _check("--damping", 0 <= self.damping <= 1, "from 0 to 1", self.damping)
+        if self.lm_head is not None and self.format == "ssqr":
+            _check("--lm-head", self.lm_head in BIT_WIDTHS, f"one of {BIT_WIDTHS} in SSQR", self.lm_head)
+        elif self.lm_head is not None:
+            _check("--lm-head", 1 <= self.lm_head <= 8, "from 1 to 8", self.lm_head)
         for pattern in self.ignore:
             try:
                 re.compile(pattern)
@@ -78,6 +85,11 @@ class QuantizeOptions:
     def planned_rate(self) -> float | None:
         """Bits per weight that a plan shares out among the linears; None where each gets the same."""
         return self.rate if self.format == "hptq" else self.target_bits
+
+    def of_head(self) -> "QuantizeOptions":
+        """Options by which the head alone is quantized: `lm_head` is the bits, or the rate."""
+        assert self.lm_head is not None
+        return replace(self, bits=int(self.lm_head)) if self.format == "ssqr" else replace(self, rate=self.lm_head)
 
     def resolve_device(self) -> torch.device:
         """The device to compute on. Raises QuantizationError when CUDA is asked for and missing."""

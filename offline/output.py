@@ -37,9 +37,15 @@ class PartialOutput:
     model: StreamedModel
     options: QuantizeOptions
 
+    @property
+    def parts(self) -> list[str]:
+        """Full names of what has a file of its own: the decoder blocks, then the head where it is quantized."""
+        blocks = [self.model.block_name(i) for i in range(len(self.model.blocks))]
+        return blocks if self.options.lm_head is None else [*blocks, self.model.head_name]
+
     def block_file(self, index: int) -> Path:
-        """File of a decoder block; index −1 is everything outside the blocks."""
-        count = len(self.model.blocks) + 1
+        """File of a decoder block, or of the head, which counts as one; index −1 is everything outside of them."""
+        count = len(self.parts) + 1
         return self.partial / f"model-{index % count + 1:05}-of-{count:05}.safetensors"
 
     @property
@@ -70,7 +76,7 @@ class PartialOutput:
 
     def write_block(self, index: int, quantized: dict[str, Tensor], reports: list[LayerReport]) -> None:
         """Write a block: its quantized linears, and whatever else the original block holds as it was."""
-        checkpoint, prefix = self.model.checkpoint, f"{self.model.block_name(index)}."
+        checkpoint, prefix = self.model.checkpoint, f"{self.parts[index]}."
         replaced = {f"{report.name}.weight" for report in reports}
         kept = {name: checkpoint.read(name) for name in checkpoint.files if name.startswith(prefix)}
         tensors = {name: tensor for name, tensor in kept.items() if name not in replaced} | quantized
@@ -79,19 +85,19 @@ class PartialOutput:
 
     def finish(self, config: CheckpointConfig) -> Path:
         """Write what is not a block, the index, config and report; give the folder its name."""
-        checkpoint = self.model.checkpoint
-        inside = tuple(f"{self.model.block_name(i)}." for i in range(len(self.model.blocks)))
+        checkpoint, indices = self.model.checkpoint, range(len(self.parts))
+        inside = tuple(f"{name}." for name in self.parts)
         save_atomically(
             self.block_file(-1), {n: checkpoint.read(n) for n in checkpoint.files if not n.startswith(inside)}
         )
-        files = [self.block_file(i) for i in range(len(self.model.blocks))] + [self.block_file(-1)]
+        files = [self.block_file(i) for i in indices] + [self.block_file(-1)]
         write_index(self.partial, files)
         copy_companions(checkpoint, self.partial)
         write_config(self.partial, checkpoint.config() | {"quantization_config": config.to_dict()})
-        layers = [asdict(report) for i in range(len(self.model.blocks)) for report in self.read_reports(i)]
+        layers = [asdict(report) for i in indices for report in self.read_reports(i)]
         report = {"options": self.options.to_dict(), **_totals(layers, files), "layers": layers}
         (self.partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        for i in range(len(self.model.blocks)):
+        for i in indices:
             self._report_file(i).unlink()
         shutil.rmtree(self.sensitivity_folder, ignore_errors=True)
         (self.partial / PLAN).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The run over a whole model: capture → factor → nearest plane → encode → checkpoint, block by block."""
 
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def quantize(
     device = options.resolve_device()
     streamed = open_streamed(checkpoint, device, options.resolve_dtype(device))
     selected = [name for i in range(len(streamed.blocks)) for name in streamed.linears(i) if not options.ignores(name)]
-    if not selected:
+    head = None if options.lm_head is None else streamed.head_name
+    if not selected and head is None:
         raise QuantizationError("--ignore excludes every linear of the model")
     tokenizer = load_tokenizer(checkpoint.folder)
     length = sequence_length(options, checkpoint.config())
@@ -49,25 +50,34 @@ def quantize(
     hidden, arguments = streamed.first_inputs(tokens)
     output = open_output(Path(out), streamed, options, resume=resume, overwrite=overwrite)
     with _progress() as progress:
-        sensitivity, plan = _prepare(output, tokens, hidden, arguments, progress)
+        sensitivity, plan = _prepare(output, tokens, hidden, arguments, progress) if selected else (None, {})
         budget = Budget(options.rate, {linear.name: linear.rate for linear in plan.values()})
         original = hidden.clone() if options.drift else None
         run = _Run(streamed, options, output, hidden, original, sensitivity, plan, budget, progress)
-        task = progress.add_task("", total=len(selected))
+        task = progress.add_task("", total=len(selected) + (head is not None))
         for index, block_arguments in enumerate(arguments):
             progress.update(task, description=f"block {index + 1} of {len(arguments)}")
             progress.advance(task, run.block(index, block_arguments))
+        if head is not None:
+            progress.update(task, description=head)
+            run.head(tokens)
+            progress.advance(task)
     everything = [name for i in range(len(streamed.blocks)) for name in streamed.linears(i)]
     ignored = [name for name in everything if options.ignores(name)]
-    return output.finish(_checkpoint_config(options, plan, ["lm_head", *ignored]))
+    return output.finish(_checkpoint_config(options, plan, head, ignored))
 
 
 def _checkpoint_config(
-    options: QuantizeOptions, plan: dict[str, PlannedLinear], ignored: list[str]
+    options: QuantizeOptions, plan: dict[str, PlannedLinear], head: str | None, ignored: list[str]
 ) -> CheckpointConfig:
+    """A quantized head is always among the overrides, by which the plugin knows it; any other is ignored."""
+    if head is None:
+        ignored = ["lm_head", *ignored]
     if options.format == "hptq":
-        return CheckpointConfig(options.format, ignore=ignored)
+        return CheckpointConfig(options.format, ignore=ignored, overrides={} if head is None else {head: {}})
     overrides = {n: {"bits": linear.bits} for n, linear in plan.items() if linear.bits not in (None, options.bits)}
+    if head is not None:
+        overrides[head] = {"bits": options.of_head().bits}
     return CheckpointConfig(options.format, options.bits, options.group_size, ignored, overrides)
 
 
@@ -129,10 +139,28 @@ class _Run:
             self._restore(index, stream.linears)
         else:
             self._quantize(index, stream, original)
-        if index + 1 < len(self.model.blocks):
+        if index + 1 < len(self.output.parts):
             for each in filter(None, (stream, original)):
                 advance(each.block, each.hidden, arguments, self.model.device)
         return len(stream.linears)
+
+    def head(self, tokens: Tensor) -> None:
+        """Quantize the head after the last block, unless an interrupted run did: a block that is one linear.
+
+        Every token is a sequence of its own to it, so that no more than one token's logits are computed. tokens: int64
+        [sequences, length].
+        """
+        index, name = len(self.model.blocks), self.model.head_name
+        if self.output.has_block(index):
+            return
+        inputs = [self.hidden] if self.original is None else [self.hidden, self.original]
+        self.model.advance_to_head(tokens, *inputs)
+        linear = self.model.load(name)
+        assert isinstance(linear, nn.Linear)
+        stream, *original = (_Stream(linear, {name: linear}, each.flatten(0, 1)[:, None], {}) for each in inputs)
+        options = self.options.of_head()
+        alone = replace(self, options=options, sensitivity=None, plan={}, budget=Budget(options.rate, {}))
+        alone._quantize(index, stream, original[0] if original else None)
 
     def _stream(self, index: int, block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> _Stream:
         name = self.model.block_name(index)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from vllm_babai.offline.capture import batches
 from vllm_babai.offline.checkpoint import Checkpoint
 from vllm_babai.offline.errors import QuantizationError
 
@@ -51,7 +52,7 @@ class StreamedModel:
     """See the module. `blocks_name` is the name of the list of decoder blocks, e.g. 'model.layers'."""
 
     checkpoint: Checkpoint
-    skeleton: nn.Module
+    skeleton: PreTrainedModel
     blocks_name: str
     device: torch.device
     dtype: torch.dtype
@@ -67,6 +68,22 @@ class StreamedModel:
         """Full name of a decoder block."""
         return f"{self.blocks_name}.{index}"
 
+    @property
+    def head_name(self) -> str:
+        """Full name of the linear that makes logits, usually 'lm_head'.
+
+        Raises QuantizationError when there is none, or none with a weight of its own.
+        """
+        head = self.skeleton.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise QuantizationError(f"--lm-head: {type(self.skeleton).__name__} has no linear that makes logits")
+        name = next(name for name, module in self.skeleton.named_modules() if module is head)
+        if head.weight is self.skeleton.get_input_embeddings().weight:
+            raise QuantizationError(
+                f"--lm-head: {name} is tied to the embedding, which stays as it is; quantize without --lm-head"
+            )
+        return name
+
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Full name → linear of a decoder block, on the meta device."""
         name = self.block_name(index)
@@ -74,14 +91,17 @@ class StreamedModel:
 
     def load_block(self, index: int) -> nn.Module:
         """A copy of block `index` with its weights. Raises QuantizationError for missing tensors or NaN."""
-        name = self.block_name(index)
+        return self.load(self.block_name(index))
+
+    def load(self, name: str) -> nn.Module:
+        """A copy of the module called `name` with its weights. Raises QuantizationError like `load_block`."""
         state = self.checkpoint.read_below(f"{name}.")
         for key, tensor in state.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise QuantizationError(f"{name}.{key} has NaN or Inf in {self.checkpoint.files[f'{name}.{key}'].name}")
-        block = copy.deepcopy(self.blocks[index])
-        _fill(block, state, name, self.device, self.dtype)
-        return block.eval().requires_grad_(False)
+        module = copy.deepcopy(self.skeleton.get_submodule(name))
+        _fill(module, state, name, self.device, self.dtype)
+        return module.eval().requires_grad_(False)
 
     def first_inputs(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """Hidden states before the first block, and the keyword arguments of every block.
@@ -106,22 +126,45 @@ class StreamedModel:
 
     def load_head(self) -> Callable[[Tensor, Tensor], Tensor]:
         """What follows the blocks: a function of tokens [1, length] and hidden states [1, length, hidden] → logits."""
-        model = copy.deepcopy(self.skeleton)
-        injected = _Injector()
-        backbone, _, list_name = self.blocks_name.rpartition(".")
-        stand_ins = [_Recorder(block) for block in self.blocks[1:]]
-        setattr(model.get_submodule(backbone), list_name, nn.ModuleList([injected, *stand_ins]))
-        state = {key: self.checkpoint.read(key) for key in model.state_dict() if key in self.checkpoint.files}
-        tied = getattr(model, "_tied_weights_keys", None) or {}
-        state |= {key: state[source] for key, source in dict(tied).items() if key not in state and source in state}
-        _fill(model, state, type(model).__name__, self.device, self.dtype)
-        model.eval().requires_grad_(False)
+        model, injected = self._without_blocks()
+        self._fill_outer(model)
 
         def head(tokens: Tensor, hidden: Tensor) -> Tensor:
             injected.hidden = hidden
             return model(tokens, use_cache=False).logits
 
         return head
+
+    @torch.no_grad()
+    def advance_to_head(self, tokens: Tensor, *streams: Tensor) -> None:
+        """Replace the last block's outputs by what the head reads, batch by batch and in place; no logits are made.
+
+        tokens: int64 [sequences, length]. streams: hidden states [sequences, length, hidden] of these tokens.
+        """
+        model, injected = self._without_blocks()
+        recorder = _Recorder(model.get_submodule(self.head_name))
+        model.set_submodule(self.head_name, recorder)
+        self._fill_outer(model)
+        for hidden in streams:
+            for window, injected.hidden in batches(hidden, self.device):
+                model(tokens[window].to(self.device), use_cache=False)
+                hidden[window] = recorder.hidden.to(hidden.device)
+
+    def _without_blocks(self) -> tuple[nn.Module, _Injector]:
+        """The model on the meta device with stand-ins for its blocks, the first of which gives whatever it is told."""
+        model, injected = copy.deepcopy(self.skeleton), _Injector()
+        backbone, _, list_name = self.blocks_name.rpartition(".")
+        stand_ins = [_Recorder(block) for block in self.blocks[1:]]
+        setattr(model.get_submodule(backbone), list_name, nn.ModuleList([injected, *stand_ins]))
+        return model, injected
+
+    def _fill_outer(self, model: nn.Module) -> None:
+        """Give a model without blocks its weights."""
+        state = {key: self.checkpoint.read(key) for key in model.state_dict() if key in self.checkpoint.files}
+        tied = getattr(model, "_tied_weights_keys", None) or {}
+        state |= {key: state[source] for key, source in dict(tied).items() if key not in state and source in state}
+        _fill(model, state, type(model).__name__, self.device, self.dtype)
+        model.eval().requires_grad_(False)
 
 
 def open_streamed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> StreamedModel:
@@ -167,6 +210,7 @@ def _fill(module: nn.Module, state: dict[str, Tensor], name: str, device: torch.
         if any(buffer is not None and buffer.is_meta for buffer in part.buffers(recurse=False)):
             part.to_empty(device=device, recurse=False)
             _initializer(module)(part)
+    module.load_state_dict(state, strict=False, assign=True)  # parts with such buffers had their weights made anew, too
 
 
 def _initializer(module: nn.Module) -> Any:

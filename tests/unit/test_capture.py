@@ -6,12 +6,23 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from vllm_babai.offline.capture import BATCH_TOKENS, advance, batches, hessians, shared_inputs
 from vllm_babai.offline.checkpoint import open_checkpoint
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.streamed_model import StreamedModel, open_streamed
+
+TINY = {
+    "vocab_size": 4096,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 2,
+}
 
 
 class Block(nn.Module):
@@ -95,17 +106,32 @@ def test_advance_replaces_inputs_by_outputs(block: Block) -> None:
     torch.testing.assert_close(hidden, expected)
 
 
-def test_streamed_blocks_compute_what_the_whole_model_does(streamed: StreamedModel, model_folder: Path) -> None:
-    tokens = random_tokens(3, 20)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+FAMILIES = {
+    "llama": LlamaConfig(**TINY, tie_word_embeddings=False),
+    "gemma2": Gemma2Config(**TINY, head_dim=8, tie_word_embeddings=False),  # its embedding has a buffer, too
+    "gemma2-tied": Gemma2Config(**TINY, head_dim=8),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_parts_compute_what_the_whole_model_does(family: str, tmp_path: Path, save_random_model: Any) -> None:
+    tokens, cpu = random_tokens(3, 20), torch.device("cpu")
+    folder = save_random_model(FAMILIES[family], tmp_path / family)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        states = model.model(tokens, output_hidden_states=True).hidden_states
+        found = model(tokens, output_hidden_states=True)
+    streamed = open_streamed(open_checkpoint(folder), cpu, torch.float32)
     hidden, arguments = streamed.first_inputs(tokens)
-    torch.testing.assert_close(hidden, states[0])
-    advance(streamed.load_block(0), hidden, arguments[0], torch.device("cpu"))
-    torch.testing.assert_close(hidden, states[1])
-    advance(streamed.load_block(1), hidden, arguments[1], torch.device("cpu"))
-    torch.testing.assert_close(model.model.norm(hidden), states[2])
+    torch.testing.assert_close(hidden, found.hidden_states[0])
+    advance(streamed.load_block(0), hidden, arguments[0], cpu)
+    torch.testing.assert_close(hidden, found.hidden_states[1])
+    advance(streamed.load_block(1), hidden, arguments[1], cpu)
+    torch.testing.assert_close(streamed.load_head()(tokens, hidden), found.logits)
+    if not family.endswith("tied"):
+        other = hidden.flip(0)
+        streamed.advance_to_head(tokens, hidden, other)
+        torch.testing.assert_close(hidden, found.hidden_states[2])
+        assert torch.equal(other, hidden.flip(0))
 
 
 @pytest.mark.parametrize(
