@@ -1,7 +1,10 @@
 """y = x Wᵀ for many tokens: the weight is dequantized to a workspace, then multiplied by the vendor's library.
 
-Two launches write the workspace [out_features, in_features]: the dense part, then the overflow over it.
+Two launches write a workspace [rows, in_features]: the dense part, then the overflow over it. It holds all rows of most
+linears; very large ones, an lm_head say, are multiplied in parts.
 """
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -10,17 +13,18 @@ from torch import Tensor
 
 from vllm_babai.format import integer_range
 from vllm_babai.layout import DeviceLayout
-from vllm_babai.triton_kernels.layout import SEGMENT, TILE_ROWS, Geometry
+from vllm_babai.triton_kernels.layout import TILE_ROWS, Geometry
 from vllm_babai.triton_kernels.unpack import load_words, round_to, unpack_slot
 
-OVERFLOW_ROWS = 64
+WORKSPACE = 1 << 27  # weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])
 def dense_kernel(
     dense_ptr,
     scales_ptr,
-    weight_ptr,  # [n, k]
+    weight_ptr,  # [rows from tile `first_tile` on, k]
+    first_tile,
     n,
     k,
     padded_rows,
@@ -31,16 +35,17 @@ def dense_kernel(
     GROUPED: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
-    """Dequantize one column block of one row tile."""
+    """Dequantize one column block of one row tile; row n is the first that there is not."""
     WORDS: tl.constexpr = BLOCK_COLUMNS * BITS // 512
     tile_rows = tl.arange(0, 64)
     block = tl.program_id(0)
-    rows = tl.program_id(1) * 64 + tile_rows
-    tile = tl.program_id(1) * column_blocks + block
+    row_tile = first_tile + tl.program_id(1)
+    rows = row_tile * 64 + tile_rows
+    tile = row_tile * column_blocks + block
     words = load_words(
         dense_ptr + tile * (WORDS * 1024) + tile_rows[:, None] * 16 + tl.arange(0, 16)[None, :], WORDS, 1024
     )
-    row_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * k
+    row_ptrs = weight_ptr + (tl.program_id(1) * 64 + tile_rows).to(tl.int64)[:, None] * k
     for slot in tl.static_range(BLOCK_COLUMNS // 32):
         column = block * BLOCK_COLUMNS + slot * 32
         group = tl.minimum(column, k - 1) // group_size if GROUPED else 0  # padding has no group of its own
@@ -51,32 +56,33 @@ def dense_kernel(
         tl.store(row_ptrs + columns, value, mask=(rows[:, None] < n) & (columns < k))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])
 def overflow_kernel(
     scales_ptr,
     entries_ptr,
     starts_ptr,
-    weight_ptr,  # [n, k]
+    weight_ptr,  # [rows from tile `first_tile` on, k]
+    first_tile,
     k,
     padded_rows,
     group_size,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     GROUPED: tl.constexpr,
-    ROWS: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
-    """Write the overflowing weights of one segment of some rows; a row belongs to one thread, entry after entry.
+    """Write the overflowing weights of one segment of a row tile; a row belongs to one thread, entry after entry.
 
     An entry says by its sign at which end of the dense range the weight lies; further entries of the column add to it.
     """
     segment = tl.program_id(1)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile_rows = tl.arange(0, 64)
+    rows = (first_tile + tl.program_id(0)) * 64 + tile_rows
     index = tl.load(starts_ptr + segment * padded_rows + rows)
     end = tl.load(starts_ptr + segment * padded_rows + rows + 1)
-    row_ptrs = weight_ptr + rows.to(tl.int64) * k
-    previous = tl.full((ROWS,), -1, tl.int32)
-    total = tl.zeros((ROWS,), tl.int32)
+    row_ptrs = weight_ptr + (tl.program_id(0) * 64 + tile_rows).to(tl.int64) * k
+    previous = tl.full((64,), -1, tl.int32)
+    total = tl.zeros((64,), tl.int32)
     for _ in range(tl.max(end - index, 0)):
         inside = index < end
         entry = tl.load(entries_ptr + index, mask=inside, other=0).to(tl.int32)
@@ -93,44 +99,54 @@ def overflow_kernel(
 
 def dequantize(layout: DeviceLayout, geometry: Geometry, dtype: torch.dtype, backend: str) -> Tensor:
     """The weight S ∘ Z [out_features, in_features], rounded once to bf16 or exact in fp32."""
+    return torch.cat(list(dequantized_parts(layout, geometry, dtype, backend)))
+
+
+def dequantized_parts(layout: DeviceLayout, geometry: Geometry, dtype: torch.dtype, backend: str) -> Iterator[Tensor]:
+    """The weight as `dequantize` makes it, in parts [rows, in_features] of WORKSPACE weights at most, or of a tile."""
     n, k = geometry.out_features, geometry.in_features
     groups = layout.scales.shape[0]
-    weight = torch.empty(n, k, dtype=dtype, device=layout.dense.device)
-    dense_kernel[(geometry.column_blocks, -(-n // TILE_ROWS))](
-        layout.dense,
-        layout.scales,
-        weight,
-        n,
-        k,
-        geometry.padded_rows,
-        geometry.column_blocks,
-        k // groups,
-        BITS=geometry.bits,
-        BLOCK_COLUMNS=geometry.block_columns,
-        GROUPED=groups > 1,
-        BACKEND=backend,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    if layout.entries.numel():
-        low, high = integer_range(geometry.bits)
-        overflow_kernel[(geometry.padded_rows // OVERFLOW_ROWS, -(-k // SEGMENT))](
+    tiles = -(-n // TILE_ROWS)
+    step = max(1, WORKSPACE // (TILE_ROWS * k))
+    for first in range(0, tiles, step):
+        count = min(step, tiles - first)
+        weight = torch.empty(min(n - first * TILE_ROWS, count * TILE_ROWS), k, dtype=dtype, device=layout.dense.device)
+        dense_kernel[(geometry.column_blocks, count)](
+            layout.dense,
             layout.scales,
-            layout.entries,
-            layout.offsets[geometry.counters :],
             weight,
+            first,
+            n,
             k,
             geometry.padded_rows,
+            geometry.column_blocks,
             k // groups,
-            LOW=low,
-            HIGH=high,
+            BITS=geometry.bits,
+            BLOCK_COLUMNS=geometry.block_columns,
             GROUPED=groups > 1,
-            ROWS=OVERFLOW_ROWS,
             BACKEND=backend,
-            num_warps=2,
+            num_warps=4,
             enable_fp_fusion=True,
         )
-    return weight
+        if layout.entries.numel():
+            low, high = integer_range(geometry.bits)
+            overflow_kernel[(count, geometry.segments)](
+                layout.scales,
+                layout.entries,
+                layout.offsets[geometry.counters :],
+                weight,
+                first,
+                k,
+                geometry.padded_rows,
+                k // groups,
+                LOW=low,
+                HIGH=high,
+                GROUPED=groups > 1,
+                BACKEND=backend,
+                num_warps=2,
+                enable_fp_fusion=True,
+            )
+        yield weight
 
 
 def multiply_dequantized(x: Tensor, layout: DeviceLayout, geometry: Geometry, backend: str) -> Tensor:
@@ -139,4 +155,6 @@ def multiply_dequantized(x: Tensor, layout: DeviceLayout, geometry: Geometry, ba
     fp16 goes through bf16: fp16 has no room for small scales times large integers.
     """
     compute = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
-    return torch.mm(x.to(compute), dequantize(layout, geometry, compute, backend).t()).to(x.dtype)
+    inputs = x.to(compute)
+    parts = [torch.mm(inputs, part.t()) for part in dequantized_parts(layout, geometry, compute, backend)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)

@@ -50,7 +50,7 @@ class GPU:
 
 @dataclass(frozen=True)
 class Model:
-    """linears: output × input features, of one decoder block. embeddings: weights of lm_head, not tied."""
+    """linears: output × input features, of one decoder block. embeddings: weights of the embedding, and of lm_head."""
 
     blocks: int
     linears: tuple[tuple[int, int], ...]
@@ -63,6 +63,7 @@ class Format:
 
     disk, memory: bits per weight, everything counted. seconds: of a matmul, by GPU, format, weights and tokens.
     rate: weights per second read at load. bits, overflow: of the kernel; share of weights beyond its dense range.
+    head: bits of a weight of lm_head.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Format:
     rate: float = float("inf")
     bits: int = 0
     overflow: float = 0.0
+    head: float = 16
 
 
 def bf16_seconds(gpu: GPU, _: Format, weights: int, tokens: int) -> float:
@@ -98,9 +100,12 @@ def coded_seconds(gpu: GPU, form: Format, weights: int, tokens: int) -> float:
     return max(decoding, gpu.move((form.memory / 8 + 2) * weights)) + gpu.move(2 * weights)
 
 
-def dense_sparse(name: str, disk: float, width: float, rate: float, bits: int, overflow: float) -> Format:
+def dense_sparse(
+    name: str, disk: float, width: float, rate: float, bits: int, overflow: float, head: float = 16
+) -> Format:
     """In memory: 16 bits an overflow entry, 32 for every row of 2048 columns, 16 for a row's scale."""
-    return Format(name, disk, width + 16 * overflow + 32 / 2048 + 16 / 4096, fused_seconds, rate, bits, overflow)
+    held = width + 16 * overflow + 32 / 2048 + 16 / 4096
+    return Format(name, disk, held, fused_seconds, rate, bits, overflow, head)
 
 
 GPUS = (  # data sheets and architecture papers of the vendor; L4's memory is less by what ECC takes
@@ -119,6 +124,7 @@ MODELS = {
 FORMATS = (
     Format("bf16", 16, 16, bf16_seconds),
     dense_sparse("SSQR 4 bits", 4 + 0.01 * 10.5 + 16 / 4096, 4, SSQR_RATE, 4, 0.01),
+    dense_sparse("SSQR 4 bits, `--lm-head 5`", 4 + 0.01 * 10.5 + 16 / 4096, 4, SSQR_RATE, 4, 0.01, head=5.18),
     dense_sparse("SSQR 3 bits", 3 + 0.01 * 9.3 + 16 / 4096, 3, SSQR_RATE, 3, 0.01),
     dense_sparse("HPTQ 3.125 `packed`", 3.125, 4.3, CORES * PACKED_RATE, 4, 0.004),
     Format("HPTQ 3.125 `coded`", 3.125, 3.26, coded_seconds, CORES * CODED_RATE),
@@ -126,11 +132,11 @@ FORMATS = (
 
 
 def speed(gpu: GPU, form: Format, model: Model) -> str:
-    """Tokens per second of 1 and of 16 requests, all together, to two digits; lm_head is multiplied in bf16."""
+    """Tokens per second of 1 and of 16 requests, all together, to two digits; lm_head as fast as it is read."""
     rates = []
     for tokens in (1, 16):
         block = sum(form.seconds(gpu, form, rows * columns, tokens) for rows, columns in model.linears)
-        rates.append(tokens / (model.blocks * block + gpu.move(2 * model.embeddings)))
+        rates.append(tokens / (model.blocks * block + gpu.move(form.head / 8 * model.embeddings)))
     return " / ".join(f"{float(f'{rate:.2g}'):.0f}" for rate in rates)
 
 
@@ -142,7 +148,8 @@ def main() -> None:
     print("| | disk, GB | memory, GB | load, s |", *(f"{gpu.name} |" for gpu in GPUS))
     print("|---" * (4 + len(GPUS)) + "|")
     for form in FORMATS:
-        stored, held = (bits / 8 * weights + 4 * model.embeddings for bits in (form.disk, form.memory))
+        outside = (2 + form.head / 8) * model.embeddings
+        stored, held = (bits / 8 * weights + outside for bits in (form.disk, form.memory))
         load = stored / DISK + weights * (1 / form.rate + form.overflow / LAYOUT_RATE) + held / PCIE
         speeds = (speed(gpu, form, model) if held < USABLE * gpu.memory else "does not fit" for gpu in GPUS)
         print("|", " | ".join([form.name, f"{stored / 1e9:.1f}", f"{held / 1e9:.1f}", f"{load:.0f}", *speeds]), "|")

@@ -34,7 +34,9 @@ DENSE_TYPES = {
     "starts_ptr": "*i32",
     "counters_ptr": "*i32",
     "partials_ptr": "*fp32",
-    **dict.fromkeys(("m", "n", "k", "padded_rows", "column_blocks", "group_size", "splits", "segments"), "i32"),
+    **dict.fromkeys(
+        ("first_tile", "m", "n", "k", "padded_rows", "column_blocks", "group_size", "splits", "segments"), "i32"
+    ),
 }
 CODED_TYPES = {
     "words_ptr": "*i16",
@@ -164,7 +166,7 @@ def gate(architecture: str) -> dict[str, dict[str, float]]:
         constants = {"BITS": bits, "BLOCK_COLUMNS": columns, "GROUPED": False, "BACKEND": backend}
         compiled = compile_kernel(dense_kernel, dense_types(), constants, architecture, 4)
         results[f"dequantize {bits} bits"] = measure(compiled, 0)
-    constants = {"LOW": -8, "HIGH": 7, "GROUPED": False, "ROWS": 64, "BACKEND": backend}
+    constants = {"LOW": -8, "HIGH": 7, "GROUPED": False, "BACKEND": backend}
     compiled = compile_kernel(overflow_kernel, dense_types(), constants, architecture, 2)
     results["dequantize overflow"] = measure(compiled, 0)
     return results | coded_gate(architecture, backend)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vllm_babai.format import SSQR, LatticeWeight, decode_overflow, integer_range
 from vllm_babai.layout import DeviceLayout
+from vllm_babai.triton_kernels import dequantize as dequantization
 from vllm_babai.triton_kernels import device_layout, dispatch, matmul, warm_up
 from vllm_babai.triton_kernels.configs import BUCKETS, Target
 from vllm_babai.triton_kernels.dequantize import dequantize
@@ -114,6 +115,14 @@ def test_several_tiles_of_tokens_and_prefill(dtype: torch.dtype) -> None:
     weight = random_weight(4, 64, 256)
     for tokens in (65, 300):
         check(weight, 4, torch.randn(tokens, 256).to(dtype))
+
+
+def test_large_weights_are_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dequantization, "WORKSPACE", 2 * 64 * 300)
+    weight = random_weight(3, 330, 300, overflow=0.05)
+    dense = dequantize(layout_of(weight, 3), Geometry(3, 300, 330), torch.bfloat16, "interpreter")
+    assert torch.equal(dense, weight.dequantize(torch.bfloat16))
+    check(weight, 3, torch.randn(300, 300).bfloat16())
 
 
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
