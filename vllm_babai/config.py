@@ -89,23 +89,24 @@ class BabaiConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How vLLM treats the layer called `prefix`; None (embeddings, attention) leaves it to vLLM.
 
-        Linears are quantized unless the checkpoint ignores them, lm_head only where its overrides name it. Raises
-        NotImplementedError for a mixture-of-experts layer and ValueError when linears that vLLM fuses are stored
-        differently.
+        Linears are quantized unless the checkpoint ignores them, lm_head only where its overrides name it; that is
+        always packed, as decoded it would be the largest tensor of all. Raises NotImplementedError for a
+        mixture-of-experts layer and ValueError when linears that vLLM fuses are stored differently.
         """
         if any(base.__name__ in MOE_LAYERS for base in type(layer).__mro__):
             raise NotImplementedError(f"{prefix}: mixture-of-experts layers are not supported yet")
         if isinstance(layer, ParallelLMHead) and prefix in self.checkpoint.overrides:
-            return self._method(prefix, [prefix], self.checkpoint.scheme(prefix))
+            return self._method("packed", self.checkpoint.scheme(prefix), prefix, [prefix])
         if not isinstance(layer, LinearBase):
             return None
         names = self._checkpoint_names(prefix)
         scheme = self._common_scheme(prefix, names)
-        return UnquantizedLinearMethod() if scheme is None else self._method(prefix, names, scheme)
+        if scheme is None:
+            return UnquantizedLinearMethod()
+        return self._method(self.checkpoint.residency, scheme, prefix, names)
 
-    def _method(self, prefix: str, names: list[str], scheme: LayerScheme) -> QuantizeMethodBase:
-        method = METHODS[self.checkpoint.residency]
-        return method(self.checkpoint.format, scheme, prefix, names, self.progress)
+    def _method(self, residency: str, scheme: LayerScheme, prefix: str, names: list[str]) -> QuantizeMethodBase:
+        return METHODS[residency](self.checkpoint.format, scheme, prefix, names, self.progress)
 
     def _checkpoint_names(self, prefix: str) -> list[str]:
         """Names that the linears fused in the layer `prefix` have in the checkpoint, in the order of their rows."""
