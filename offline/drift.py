@@ -23,6 +23,8 @@ from vllm_babai.offline.capture import Seen
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor
 
+ROWS = 4096
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -65,20 +67,27 @@ def moments(
 
 
 def corrected(weight: Tensor, factor: Factor, drift: Drift) -> Tensor:
-    """The weight [out, in] with the share of its correction that is no noise, float32; factor: of H + λI."""
-    gaps = weight.double() @ drift.inputs.double()
-    if drift.stream is not None:
-        gaps += drift.stream
-    upper = factor.unit_upper.double() * factor.pivots.sqrt()[:, None]
-    halves = torch.linalg.solve_triangular(upper.T, gaps[..., factor.order].mT, upper=False)
-    mean = halves.mean(0)
-    correction = torch.empty_like(mean.T)
-    correction[:, factor.order] = torch.linalg.solve_triangular(upper, mean, upper=True).T
-    return (weight.double() + reliability(halves) * correction).float()
+    """The weight [out, in] with the share of its correction that is no noise, float32; factor: of H + λI.
+
+    ROWS rows at a time, as they are alone until the share is known, and their float64 is many times a head's size.
+    """
+    upper, inputs = factor.unit_upper.double() * factor.pivots.sqrt()[:, None], drift.inputs.double()
+    correction = torch.empty_like(weight, dtype=torch.float32)
+    common = own = 0.0
+    for first in range(0, len(weight), ROWS):
+        rows = slice(first, first + ROWS)
+        gaps = weight[rows].double() @ inputs
+        if drift.stream is not None:
+            gaps += drift.stream[:, rows]
+        halves = torch.linalg.solve_triangular(upper.T, gaps[..., factor.order].mT, upper=False)
+        common += float((halves[0] * halves[1]).sum())
+        own += float(halves.square().sum()) / 2
+        correction[rows, factor.order] = torch.linalg.solve_triangular(upper, halves.mean(0), upper=True).T.float()
+    return correction.mul_(reliability(common, own)).add_(weight)
 
 
-def reliability(halves: Tensor) -> float:
-    """Share of the mean of two estimates [2, …] that is not noise, from 0 to 1 (Spearman-Brown)."""
-    first, second = halves
-    common, own = float((first * second).sum()), float(halves.square().sum()) / 2
+def reliability(common: float, own: float) -> float:
+    """Share of the mean of two estimates that is not noise, from 0 to 1 (Spearman-Brown); common: their inner product.
+    own: mean of their squared norms.
+    """
     return min(max(2 * common / max(common + own, 1e-300), 0.0), 1.0)

@@ -125,11 +125,11 @@ def from_right_to_left(
 
 def squared_error(residual: Tensor, factor: Factor) -> Tensor:
     """‖R(w − s∘z)‖² of every output row, float64 [out]; per calibration token, damping included."""
-    step = 4096
+    step = 256
     upper = factor.unit_upper
     total = torch.zeros(residual.shape[1], dtype=torch.float64, device=residual.device)
     for i in range(0, len(upper), step):
-        rows = upper[i : i + step] @ residual
+        rows = upper[i : i + step, i:] @ residual[i:]
         total += (rows.double().square() * factor.pivots[i : i + step, None]).sum(0)
     return total
 

@@ -8,21 +8,47 @@ of them saves is the price of an entry. Rounding pays it, too: a target that is 
 A scale may be negative, as the range has one integer more below 0 than above.
 """
 
+from dataclasses import fields, replace
+
 import torch
 from torch import Tensor
 
 from vllm_babai.format.lattice import MAX_INTEGER, integer_range
 from vllm_babai.offline.lattice import Lattice
-from vllm_babai.offline.nearest_plane import Rounding, Solution, expected_targets
+from vllm_babai.offline.nearest_plane import NearestPlane, Rounding, Solution, expected_targets
 
 DRAWS = 2  # of the targets, to choose scales on
 MAX_PASSES = 3
 RATE_TOLERANCE = 0.1
+ROWS = 16384
 MOST_BEYOND = 8  # targets beyond the range, over those that overflow
 
 
 def search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, overflow: float, seed: int) -> Solution:
     """Solve with scales and a price at which a share `overflow` overflows; weight: [n, out] in the columns' order.
+
+    Where rows are alone, ROWS of them share a price: the search takes many times their memory, too much for a head.
+    """
+    if lattice.rows is not None or weight.shape[1] <= ROWS:
+        return _search_overflow(weight, lattice, groups, bits, overflow, seed)
+    plane = NearestPlane(*(torch.empty_like(weight) for _ in range(3)))
+    found = []
+    for first, part in zip(range(0, weight.shape[1], ROWS), weight.split(ROWS, 1), strict=True):
+        solution = _search_overflow(part.contiguous(), lattice, groups, bits, overflow, seed)
+        for field in fields(plane):
+            getattr(plane, field.name)[:, first : first + ROWS] = getattr(solution.plane, field.name)
+        found.append(replace(solution, plane=plane))
+    return Solution(
+        torch.cat([solution.scales for solution in found]),
+        torch.cat([solution.steps for solution in found], 1),
+        plane,
+        max(solution.passes for solution in found),
+        sum(solution.added_error for solution in found),
+    )
+
+
+def _search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, overflow: float, seed: int) -> Solution:
+    """Solve rows that share a price.
 
     The price is met on targets that nearest plane is expected to meet, then on those that it met. They are drawn anew,
     as scales suit the draws that chose them too well.

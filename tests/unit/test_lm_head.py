@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
 
 from vllm_babai.format import HPTQ, SSQR, CheckpointConfig
-from vllm_babai.offline import QuantizationError, QuantizeOptions, pipeline, quantize
+from vllm_babai.offline import QuantizationError, QuantizeOptions, pipeline, quantize, ssqr
+from vllm_babai.offline import drift as drift_correction
 from vllm_babai.offline.calibration import calibration_tokens
 from vllm_babai.offline.checkpoint import open_checkpoint
 from vllm_babai.offline.convert import convert
@@ -256,3 +257,19 @@ def test_a_tied_head_is_refused_before_any_work(bundled_model: Path, tmp_path: P
 def test_bits_that_there_are_not_are_refused(form: Any, bits: float, message: str) -> None:
     with pytest.raises(QuantizationError, match=message):
         QuantizeOptions(format=form, lm_head=bits)
+
+
+@pytest.mark.parametrize("drift", [True, False])
+def test_a_few_rows_at_a_time_make_hardly_another_head(
+    drift: bool, source: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What bounds the memory: SSQR's search and the drift correction take so many rows at a time."""
+    chosen = options(short_text, lm_head=3, ignore=["."], drift=drift)
+    whole = reports(quantize(source, tmp_path / "whole", chosen))["lm_head"]
+    monkeypatch.setattr(ssqr, "ROWS", 1024)
+    monkeypatch.setattr(drift_correction, "ROWS", 500)
+    parts = reports(quantize(source, tmp_path / "parts", chosen))["lm_head"]
+    assert parts.overflow_rate == pytest.approx(0.01, rel=0.15)
+    assert parts.bits_per_weight == pytest.approx(whole.bits_per_weight, rel=0.01)
+    assert parts.measured_error == pytest.approx(whole.measured_error, rel=0.05)
+    assert parts.predicted_error == pytest.approx(parts.measured_error, rel=0.05)
