@@ -18,6 +18,8 @@ from vllm_babai.offline.lattice import Lattice
 from vllm_babai.offline.nearest_plane import NearestPlane, Rounding, Solution, expected_targets
 
 DRAWS = 2  # of the targets, to choose scales on
+SPANS = (0.5, 0.125)  # octaves to both sides of a scale in which a better one is looked for, with a draw for each
+CANDIDATES = 17
 MAX_PASSES = 3
 RATE_TOLERANCE = 0.1
 ROWS = 16384
@@ -56,13 +58,13 @@ def _search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, o
     factor, (low, high) = lattice.columns, integer_range(bits)
     cells = _cells(factor.order, groups)
     scales = _choose_scales(weight, lattice, cells, bits, overflow, seed)
+    scales = _improve_scales(scales, weight, lattice, cells, bits, overflow, seed + DRAWS)
     steps, importance = _steps(scales, cells), _importance(weight, lattice)
-    targets, _ = expected_targets(weight, steps, factor, seed + DRAWS)
+    targets, _ = expected_targets(weight, steps, factor, seed + DRAWS + len(SPANS))
     saved = savings(targets, steps, importance, bits)
-    fitting = max(1, weight.numel() - round(overflow * weight.numel()))
     rates: list[float] = []
     while not rates or (abs(rates[-1] - overflow) > RATE_TOLERANCE * overflow and len(rates) < MAX_PASSES):
-        price = float(saved.flatten().kthvalue(fitting).values)
+        price = _price(saved, overflow)
         plane = lattice.solve(weight, steps, Rounding(low=low, high=high, price=price / importance))
         saved = savings(plane.targets, steps, importance, bits)
         rates.append(overflow_rate(plane.integers, bits))
@@ -87,6 +89,29 @@ def _choose_scales(weight: Tensor, lattice: Lattice, cells: Tensor, bits: int, o
         beyond *= min(max(overflow / max(worth, 1e-9), 0.5), 4.0)
         beyond = min(max(beyond, overflow), MOST_BEYOND * overflow)
         scales, price = overflow_scales(torch.cat(draws), both, pivots.repeat(2), row_pivots, bits, beyond)
+    return scales
+
+
+def _improve_scales(
+    scales: Tensor, weight: Tensor, lattice: Lattice, cells: Tensor, bits: int, overflow: float, seed: int
+) -> Tensor:
+    """Scales, bfloat16 [out, groups], near those given, at which what rounding costs and what targets beyond the range
+    cost, each kept within it or stored for the price of an entry, is least; on new draws of the targets.
+    """
+    importance = _importance(weight, lattice)
+    rounding = importance[cells].sum(1) / 12
+    for attempt, span in enumerate(SPANS):
+        steps = _steps(scales, cells)
+        draws = expected_targets(weight, steps, lattice.columns, seed + attempt)
+        price = _price(torch.cat([savings(targets, steps, importance, bits) for targets in draws]), overflow)
+        factors = torch.exp2(torch.linspace(-span, span, CANDIDATES, device=weight.device))
+        costs = []
+        for factor in factors:
+            beyond = torch.zeros_like(weight)
+            for targets in draws:
+                beyond += savings(targets, factor * steps, importance, bits).clamp_(max=price) / len(draws)
+            costs.append((factor * scales.T.float()).square() * rounding + beyond[cells].sum(1))
+        scales = (scales.float() * factors[torch.stack(costs).argmin(0)].T).to(torch.bfloat16)
     return scales
 
 
@@ -142,6 +167,12 @@ def savings(targets: Tensor, steps: Tensor, importance: Tensor, bits: int) -> Te
     integers = inner.round()
     edges = integers.clamp(low, high)
     return (integers - edges) * (2 * inner - integers - edges) * steps.square() * importance
+
+
+def _price(saved: Tensor, overflow: float) -> float:
+    """What an entry costs where a share `overflow` of all targets saves more than that."""
+    fitting = max(1, saved.numel() - round(overflow * saved.numel()))
+    return float(saved.flatten().kthvalue(fitting).values)
 
 
 def _importance(weight: Tensor, lattice: Lattice) -> Tensor:

@@ -179,7 +179,7 @@ def test_report_holds_the_errors_of_the_layer() -> None:
     assert report.measured_error == pytest.approx(float((upper @ residual.T).square().sum()), rel=1e-3)
     rounding = float((steps.square() * factor.pivots).sum() / 12)
     assert rounding < report.predicted_error < 1.3 * rounding
-    assert report.predicted_error == pytest.approx(report.measured_error, rel=0.03)
+    assert report.predicted_error == pytest.approx(report.measured_error, rel=0.04)
     assert report.bound is None  # as targets are kept within the range
     energy = float((upper @ weight.double()[:, basis].T).square().sum())
     assert report.relative_error == pytest.approx(report.measured_error / energy, rel=1e-3)
