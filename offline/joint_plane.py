@@ -46,6 +46,11 @@ class RowGeometry:
     blocks: list[tuple[int, Factor]]
     pivots: Tensor
 
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether every row is alone."""
+        return not any(len(factor.unit_upper) for _, factor in self.blocks)
+
 
 def row_geometry(covariance: Tensor) -> RowGeometry:
     """Factor the blocks of G; covariance: [out, block], row i's covariances with the rows of its own block."""
@@ -59,15 +64,19 @@ def row_geometry(covariance: Tensor) -> RowGeometry:
     return RowGeometry(blocks, pivots)
 
 
-def independent_rows(out_features: int) -> RowGeometry:
-    """Rows that count alike and alone."""
+def independent_rows(pivots: Tensor) -> RowGeometry:
+    """Rows that are alone; pivots: how much the error of each counts, float64 [out]."""
     nothing = torch.empty(0, 0)
-    ones = torch.ones(out_features, dtype=torch.float64)
     blocks = [
-        (first, Factor(nothing, pivots, torch.arange(len(pivots)), 0.0))
-        for first, pivots in zip(range(0, out_features, BLOCK), ones.split(BLOCK), strict=True)
+        (first, Factor(nothing, part, torch.arange(len(part)), 0.0))
+        for first, part in zip(range(0, len(pivots), BLOCK), pivots.split(BLOCK), strict=True)
     ]
-    return RowGeometry(blocks, ones)
+    return RowGeometry(blocks, pivots)
+
+
+def equal_rows(out_features: int) -> RowGeometry:
+    """Rows that are alone and count alike."""
+    return independent_rows(torch.ones(out_features, dtype=torch.float64))
 
 
 def joint_plane(
@@ -114,18 +123,18 @@ def paths_gain(factor: Factor, paths: int) -> float:
     generator = torch.Generator().manual_seed(0)
     weight = 1000 * torch.rand(len(factor.pivots), PROBES, generator=generator).to(factor.unit_upper)
     steps = torch.ones(1, 1).to(weight)
-    found = joint_plane(weight, factor, independent_rows(PROBES), steps, NEAREST, paths)
+    found = joint_plane(weight, factor, equal_rows(PROBES), steps, NEAREST, paths)
     return float(squared_error(found.residual, factor).mean() / mean_error(steps, factor))
 
 
 def joint_error(residual: Tensor, factor: Factor, rows: RowGeometry) -> float:
     """tr(G E H Eᵀ), damping included; twice the loss in nats per token that the error E is expected to cost."""
-    errors = factor.unit_upper @ residual
     total = 0.0
     for first, row_factor in rows.blocks:
-        part = errors[:, first + row_factor.order.to(errors.device)].double()
-        part = part @ row_factor.unit_upper.double().to(errors.device).T
-        total += float(factor.pivots @ part.square() @ row_factor.pivots.to(errors.device))
+        part = (factor.unit_upper @ residual[:, first + row_factor.order.to(residual.device)]).double()
+        if len(row_factor.unit_upper):
+            part = part @ row_factor.unit_upper.double().to(part.device).T
+        total += float(factor.pivots @ part.square() @ row_factor.pivots.to(part.device))
     return total
 
 

@@ -1,13 +1,20 @@
 """The lattice of one layer: what an error of its weight costs, and the solver for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from vllm_babai.offline.factor import Factor
-from vllm_babai.offline.joint_plane import RowGeometry, independent_rows, joint_error, joint_plane, paths_gain
+from vllm_babai.offline.joint_plane import (
+    RowGeometry,
+    equal_rows,
+    independent_rows,
+    joint_error,
+    joint_plane,
+    paths_gain,
+)
 from vllm_babai.offline.nearest_plane import NEAREST, NearestPlane, Rounding, mean_error, nearest_plane, squared_error
 
 
@@ -27,11 +34,20 @@ class Lattice:
         """How much the error of every row counts, float64 [out]."""
         return torch.ones(out_features, dtype=torch.float64) if self.rows is None else self.rows.pivots
 
+    @property
+    def has_single_rows(self) -> bool:
+        """Whether every row is a lattice of its own."""
+        return self.rows is None or self.rows.is_diagonal
+
+    def of_rows(self, chosen: slice) -> "Lattice":
+        """The lattice of some rows that are lattices of their own."""
+        return replace(self, rows=self.rows and independent_rows(self.rows.pivots[chosen]))
+
     def solve(self, weight: Tensor, steps: Tensor, rounding: Rounding = NEAREST) -> NearestPlane:
         """Nearest plane; weight: [n, out] in the columns' order, steps broadcastable to it."""
         if self.rows is None and self.paths == 1:
             return nearest_plane(weight, self.columns.unit_upper, steps, rounding)
-        rows = self.rows or independent_rows(weight.shape[1])
+        rows = self.rows or equal_rows(weight.shape[1])
         return joint_plane(weight, self.columns, rows, steps, rounding, self.paths)
 
     def error(self, residual: Tensor) -> float:

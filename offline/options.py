@@ -27,9 +27,9 @@ class QuantizeOptions:
     quantized linears before have done, which takes a second copy of the calibration inputs.
     sensitivity: weigh tokens, rows and linears by how much the loss minds their errors, which takes one backward pass.
     ignore: regular expressions; linears that one of them finds by full name stay as they are. lm_head: bits of the
-    linear that makes logits, a width for SSQR, a rate for HPTQ; None: it stays as it is. No plan or sensitivity knows
-    it, nor does `ignore`. device, dtype: of the model's forward pass; 'auto' is CUDA where there is one, and bfloat16
-    there, float32 on the CPU.
+    linear that makes logits, a width for SSQR, a rate for HPTQ; None: it stays as it is. No plan counts it, and
+    `ignore` does not name it. device, dtype: of the model's forward pass; 'auto' is CUDA where there is one, and
+    bfloat16 there, float32 on the CPU.
     """
 
     format: Literal["ssqr", "hptq"] = "ssqr"

@@ -17,7 +17,6 @@ from vllm_babai.offline.column_steps import choose_column_steps
 from vllm_babai.offline.drift import Drift, corrected, moments
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor, factorize
-from vllm_babai.offline.joint_plane import row_geometry
 from vllm_babai.offline.lattice import Lattice
 from vllm_babai.offline.layer import LayerReport, QuantizedLinear, quantize_hptq, quantize_ssqr
 from vllm_babai.offline.options import QuantizeOptions
@@ -159,7 +158,7 @@ class _Run:
         assert isinstance(linear, nn.Linear)
         stream, *original = (_Stream(linear, {name: linear}, each.flatten(0, 1)[:, None], {}) for each in inputs)
         options = self.options.of_head()
-        alone = replace(self, options=options, sensitivity=None, plan={}, budget=Budget(options.rate, {}))
+        alone = replace(self, options=options, plan={}, budget=Budget(options.rate, {}))
         alone._quantize(index, stream, original[0] if original else None)
 
     def _stream(self, index: int, block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> _Stream:
@@ -219,7 +218,7 @@ class _Run:
         self, name: str, factor: Factor, drift: Drift | None, column_exponents: Tensor | None
     ) -> QuantizedLinear:
         options = self.options
-        rows = row_geometry(self.sensitivity.row_covariance(name)) if self.sensitivity else None
+        rows = self.sensitivity.row_geometry(name) if self.sensitivity else None
         lattice = Lattice(factor, rows, options.paths)
         weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
         if drift is not None:

@@ -15,7 +15,6 @@ from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.offline.factor import Factor, factorize
 from vllm_babai.offline.forecast import OCTAVES, Forecast, forecast
 from vllm_babai.offline.fusion import fused_with
-from vllm_babai.offline.joint_plane import row_geometry
 from vllm_babai.offline.lattice import Lattice
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.sensitivity import Sensitivity
@@ -66,7 +65,7 @@ def forecast_model(
             originals = [linears[linear].weight for linear in group]
             errors = _errors_by_columns(originals, factor, options)
             for linear, weight, by_columns in zip(group, originals, errors, strict=True):
-                lattice = Lattice(factor, row_geometry(sensitivity.row_covariance(linear)), options.paths)
+                lattice = Lattice(factor, sensitivity.row_geometry(linear), options.paths)
                 forecasts.append(forecast(linear, weight, lattice, options.seed, by_columns))
         advance(block, hidden, block_arguments, model.device)
     return forecasts

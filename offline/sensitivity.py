@@ -24,26 +24,42 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vllm_babai.offline.capture import advance, batches, run_block
+from vllm_babai.offline.joint_plane import ROW_DAMPING, RowGeometry, independent_rows, row_geometry
 from vllm_babai.offline.streamed_model import StreamedModel
 
 ROW_BLOCK = 256
+HEAD = "head.safetensors"
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What the pass left in `folder`, one file per decoder block; read when asked for."""
+    """What the pass left in `folder`, a file for every decoder block and one for the head; read when asked for."""
 
     folder: Path
     blocks_name: str
 
-    def shared_weights(self, linears: list[str]) -> Tensor:
-        """Weights of the calibration tokens, mean 1, for linears of one input, float32 [sequences, length]."""
+    def shared_weights(self, linears: list[str]) -> Tensor | None:
+        """Weights of the calibration tokens, mean 1, for linears of one input, float32 [sequences, length]; None: all
+        count alike, as they do for the head.
+        """
+        if self._is_head(linears[0]):
+            return None
         total = torch.stack([self._read(linear, "tokens") for linear in linears]).sum(0)
         return total / total.mean().clamp_min(torch.finfo(total.dtype).tiny)
 
     def row_covariance(self, linear: str) -> Tensor:
         """G of a linear: row i's covariances with the rows of its own block, float32 [out, ROW_BLOCK]."""
         return self._read(linear, "rows")
+
+    def row_geometry(self, linear: str) -> RowGeometry:
+        """G of a linear, factored; of the head its diagonal alone, damped like the others."""
+        if self._is_head(linear):
+            variances = load_file(self.folder / HEAD)["rows"].double()
+            return independent_rows(variances + ROW_DAMPING * variances.mean())
+        return row_geometry(self.row_covariance(linear))
+
+    def _is_head(self, linear: str) -> bool:
+        return not linear.startswith(f"{self.blocks_name}.")
 
     def _read(self, linear: str, kind: str) -> Tensor:
         index = int(linear.removeprefix(f"{self.blocks_name}.").split(".")[0])
@@ -63,7 +79,8 @@ def measure_sensitivity(
         for index in range(len(model.blocks)):
             save_file({"hidden": hidden}, _file(Path(spill), index))
             advance(model.load_block(index), hidden, arguments[index], model.device)
-        gradient = _head_gradient(model, tokens, hidden, seed)
+        gradient, variances = _head_gradient(model, tokens, hidden, seed)
+        save_file({"rows": variances}, folder / HEAD)
         for index in reversed(range(len(model.blocks))):
             hidden = load_file(_file(Path(spill), index))["hidden"]
             _file(Path(spill), index).unlink()
@@ -84,21 +101,24 @@ def _file(folder: Path, index: int) -> Path:
     return folder / f"{index:05}.safetensors"
 
 
-def _head_gradient(model: StreamedModel, tokens: Tensor, hidden: Tensor, seed: int) -> Tensor:
-    """Gradient of the summed loss by the outputs of the last block, [sequences, length, hidden].
+def _head_gradient(model: StreamedModel, tokens: Tensor, hidden: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed loss by the outputs of the last block, [sequences, length, hidden], and the mean square of
+    that by every logit, p(1 − p) on average over labels, float32 [vocabulary].
 
     A sequence at a time: logits over a large vocabulary are the largest tensors of the pass.
     """
     head = model.load_head()
     generator = torch.Generator(model.device).manual_seed(seed)
-    gradient = torch.empty_like(hidden)
+    gradient, variances = torch.empty_like(hidden), torch.zeros(())
     for index, sequence in enumerate(tokens):
         outputs = hidden[index : index + 1].to(model.device).requires_grad_()
         log_p = torch.log_softmax(head(sequence[None].to(model.device), outputs).float(), -1)[0]
-        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        p = log_p.detach().exp()
+        variances = variances + (p - p.square()).sum(0).cpu()
+        labels = torch.multinomial(p, 1, generator=generator)
         (by_outputs,) = torch.autograd.grad(-log_p.gather(1, labels).sum(), outputs)
         gradient[index] = by_outputs[0].to(gradient.device)
-    return gradient
+    return gradient, variances / tokens.numel()
 
 
 def _block_backward(

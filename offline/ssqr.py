@@ -29,20 +29,26 @@ MOST_BEYOND = 8  # targets beyond the range, over those that overflow
 def search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, overflow: float, seed: int) -> Solution:
     """Solve with scales and a price at which a share `overflow` overflows; weight: [n, out] in the columns' order.
 
-    Where rows are alone, ROWS of them share a price: the search takes many times their memory, too much for a head.
+    Where rows are alone, about ROWS of them share a price: the search takes many times their memory, too much for a
+    head. They are taken from all over the matrix, as neighbours in a vocabulary are alike.
     """
-    if lattice.rows is not None or weight.shape[1] <= ROWS:
+    if not lattice.has_single_rows or weight.shape[1] <= ROWS:
         return _search_overflow(weight, lattice, groups, bits, overflow, seed)
+    parts = -(-weight.shape[1] // ROWS)
     plane = NearestPlane(*(torch.empty_like(weight) for _ in range(3)))
     found = []
-    for first, part in zip(range(0, weight.shape[1], ROWS), weight.split(ROWS, 1), strict=True):
-        solution = _search_overflow(part.contiguous(), lattice, groups, bits, overflow, seed)
+    for first in range(parts):
+        chosen = slice(first, None, parts)
+        part = weight[:, chosen].contiguous()
+        solution = _search_overflow(part, lattice.of_rows(chosen), groups, bits, overflow, seed)
         for field in fields(plane):
-            getattr(plane, field.name)[:, first : first + ROWS] = getattr(solution.plane, field.name)
+            getattr(plane, field.name)[:, chosen] = getattr(solution.plane, field.name)
         found.append(replace(solution, plane=plane))
+    order = torch.cat([torch.arange(first, weight.shape[1], parts) for first in range(parts)])
+    place = order.argsort().to(weight.device)
     return Solution(
-        torch.cat([solution.scales for solution in found]),
-        torch.cat([solution.steps for solution in found], 1),
+        torch.cat([solution.scales for solution in found])[place],
+        torch.cat([solution.steps for solution in found], 1)[:, place],
         plane,
         max(solution.passes for solution in found),
         sum(solution.added_error for solution in found),

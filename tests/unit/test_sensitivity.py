@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_babai.offline.checkpoint import open_checkpoint
+from vllm_babai.offline.joint_plane import ROW_DAMPING
 from vllm_babai.offline.sensitivity import ROW_BLOCK, measure_sensitivity
 from vllm_babai.offline.streamed_model import open_streamed
 
@@ -55,6 +56,13 @@ def test_gradients_are_those_of_the_whole_model(folder: Path, tmp_path: Path) ->
                 rtol=1e-3,
                 atol=float(block.abs().max()) * 1e-5,
             )
+
+    p = torch.cat([model(sequence[None]).logits[0].detach().softmax(-1) for sequence in tokens])
+    variances = (p - p.square()).mean(0).double()
+    head = sensitivity.row_geometry("lm_head")
+    assert head.is_diagonal
+    torch.testing.assert_close(head.pivots, variances + ROW_DAMPING * variances.mean(), rtol=1e-3, atol=1e-9)
+    assert sensitivity.shared_weights(["lm_head"]) is None
 
 
 def test_linears_of_one_input_share_weights_of_mean_one(folder: Path, tmp_path: Path) -> None:
