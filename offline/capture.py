@@ -1,6 +1,6 @@
 """What a decoder block's linears see: groups that share an input, their Hessians, and the block's outputs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -67,7 +67,7 @@ def hessians(
     linears: dict[str, nn.Linear],
     hidden: Tensor,
     arguments: dict[str, Any],
-    token_weights: dict[str, Tensor] | None = None,
+    token_weights: Mapping[str, Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """H = XᵀX / tokens of the inputs X of every linear given, float32 [in, in]; the block runs no further than they.
 
@@ -90,8 +90,9 @@ def hessians(
                 run_block(block, batch, arguments)
             for name, inputs in seen.items():
                 rows = inputs.reshape(-1, inputs.shape[-1]).float()
-                if token_weights is not None:
-                    rows = rows * token_weights[name][window].reshape(-1, 1).to(rows.device).sqrt()
+                weights = (token_weights or {}).get(name)
+                if weights is not None:
+                    rows = rows * weights[window].reshape(-1, 1).to(rows.device).sqrt()
                 totals[name].addmm_(rows.T, rows)
     for name, total in totals.items():
         if not torch.isfinite(total.diagonal()).all():

@@ -192,8 +192,9 @@ class _Run:
         if original is not None:
             seen, wanted = (seen_by(s.block, s.linears[lead], s.hidden, s.arguments) for s in (stream, original))
             return moments(lead, seen, wanted, weights)
-        by_lead = None if weights is None else {lead: weights}
-        covariances = hessians(stream.block, {lead: stream.linears[lead]}, stream.hidden, stream.arguments, by_lead)
+        covariances = hessians(
+            stream.block, {lead: stream.linears[lead]}, stream.hidden, stream.arguments, {lead: weights}
+        )
         return covariances[lead], None
 
     def _factorize(self, covariance: Tensor, group: list[str]) -> Factor:
