@@ -22,7 +22,7 @@ from vllm_babai.offline.streamed_model import StreamedModel
 
 LOWEST_RATE = 0.5
 MOST_OVERFLOW = 0.05
-EXCESS_BITS = {2: 1.8, 3: 2.75, 4: 3.55, 5: 4.45, 8: 7.2}  # of an overflow entry, besides its position, where 4% overflow
+EXCESS_BITS = {2: 1.8, 3: 2.75, 4: 3.55, 5: 4.45, 8: 7.2}  # of an entry, besides its position, where 4% overflow
 SCALE_BITS = 16
 
 
