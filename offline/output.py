@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vllm_babai.files import write_atomically
 from vllm_babai.format import CheckpointConfig
 from vllm_babai.offline.checkpoint import INDEX, Checkpoint
 from vllm_babai.offline.errors import QuantizationError
@@ -55,7 +56,7 @@ class PartialOutput:
 
     def write_plan(self, plan: list[PlannedLinear]) -> None:
         """Keep what was planned before the first block; the sensitivity is complete by then."""
-        _write_atomically(self.partial / PLAN, json.dumps([asdict(linear) for linear in plan]))
+        write_atomically(self.partial / PLAN, json.dumps([asdict(linear) for linear in plan]))
 
     def read_plan(self) -> list[PlannedLinear] | None:
         """What was planned, or None when nothing is yet."""
@@ -80,7 +81,7 @@ class PartialOutput:
         replaced = {f"{report.name}.weight" for report in reports}
         kept = {name: checkpoint.read(name) for name in checkpoint.files if name.startswith(prefix)}
         tensors = {name: tensor for name, tensor in kept.items() if name not in replaced} | quantized
-        _write_atomically(self._report_file(index), json.dumps([asdict(report) for report in reports]))
+        write_atomically(self._report_file(index), json.dumps([asdict(report) for report in reports]))
         save_atomically(self.block_file(index), tensors)
 
     def finish(self, config: CheckpointConfig) -> Path:
@@ -135,7 +136,7 @@ def open_output(
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        _write_atomically(partial / RUN, json.dumps(run))
+        write_atomically(partial / RUN, json.dumps(run))
     return PartialOutput(out, partial, model, options)
 
 
@@ -213,10 +214,4 @@ def save_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
     unfinished = path.with_suffix(".tmp")
     save_file(tensors, unfinished, metadata={"format": "pt"})
     unfinished.chmod(0o644)  # safetensors makes files that only their owner can read
-    os.replace(unfinished, path)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
     os.replace(unfinished, path)

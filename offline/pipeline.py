@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from vllm_babai.format import FORMATS, CheckpointConfig
@@ -22,6 +22,7 @@ from vllm_babai.offline.layer import LayerReport, QuantizedLinear, quantize_hptq
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.output import PartialOutput, open_output
 from vllm_babai.offline.plan import PlannedLinear, forecast_model, make_plan
+from vllm_babai.offline.progress import counting_progress
 from vllm_babai.offline.sensitivity import Sensitivity, measure_sensitivity
 from vllm_babai.offline.streamed_model import StreamedModel, open_streamed
 
@@ -48,7 +49,7 @@ def quantize(
     tokens = calibration_tokens(tokenizer, options.calibration, options.samples, length, options.seed)
     hidden, arguments = streamed.first_inputs(tokens)
     output = open_output(Path(out), streamed, options, resume=resume, overwrite=overwrite)
-    with _progress() as progress:
+    with counting_progress("linears") as progress:
         sensitivity, plan = _prepare(output, tokens, hidden, arguments, progress) if selected else (None, {})
         budget = Budget(options.rate, {linear.name: linear.rate for linear in plan.values()})
         original = hidden.clone() if options.drift else None
@@ -255,8 +256,3 @@ def sequence_length(options: QuantizeOptions, config: dict[str, Any]) -> int:
             f"--sequence-length {options.sequence_length} exceeds the model's {positions} positions"
         )
     return options.sequence_length or min(2048, positions)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("linears"))
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import triton
 
+from vllm_babai.files import write_atomically
 from vllm_babai.triton_kernels.layout import ROW_ALIGNMENT, SMALLEST_ROWS
 
 BUCKETS = (1, 8, 16, 32, 64)
@@ -72,7 +73,7 @@ class Table:
     def write(self, path: Path) -> None:
         """Write the table to a file, one entry a line."""
         lines = ",\n".join("    " + json.dumps(asdict(entry)) for entry in self.entries)
-        path.write_text(f'{{\n  "dequantize_from": {self.dequantize_from},\n  "entries": [\n{lines}\n  ]\n}}\n')
+        write_atomically(path, f'{{\n  "dequantize_from": {self.dequantize_from},\n  "entries": [\n{lines}\n  ]\n}}\n')
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_babai.format import BIT_WIDTHS
 from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.offline.progress import counting_progress
 from vllm_babai.triton_kernels.bench import Bench
 from vllm_babai.triton_kernels.configs import BUCKETS, FOLDER, Config, Entry, Table, Target, file_name
 from vllm_babai.triton_kernels.layout import MAX_M_TILES, Geometry
@@ -62,7 +62,7 @@ def tune(
     known = sum(step.name in unfinished.results for step in steps)
     if known:
         console.out(f"going on with {unfinished.path}: {known} of {len(steps)} measurements are there", highlight=False)
-    with _progress(console) as progress:
+    with counting_progress("measured", console=console, speed_estimate_period=SPEED_PERIOD) as progress:
         task = progress.add_task("", total=len(steps), completed=known)
         for layer in layers:
             bench = Bench(layer, device, target)
@@ -115,9 +115,3 @@ def _table(layers: list[Geometry], results: dict[str, Any]) -> Table:
     ]
     thresholds = sorted(results[Step(layer, None).name] for layer in layers)
     return Table(thresholds[len(thresholds) // 2], tuple(entries))
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("measured"))
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    return Progress(*columns, *times, console=console, speed_estimate_period=SPEED_PERIOD)

@@ -1,7 +1,6 @@
 """The file that keeps what `babai tune` has measured, so that an interrupted run goes on where it stopped."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import triton
 from rich.console import Console
 
 from vllm_babai import __version__
+from vllm_babai.files import write_atomically
 from vllm_babai.offline.errors import QuantizationError
 from vllm_babai.triton_kernels.configs import Table, Target
 
@@ -54,13 +54,8 @@ class Unfinished:
 
     def publish(self, table: Table) -> None:
         """Put the table in its place, and remove the file."""
-        table.write(self._temporary)
-        os.replace(self._temporary, self.table)
+        table.write(self.table)
         self.path.unlink()
-
-    @property
-    def _temporary(self) -> Path:
-        return self.table.with_name(self.table.name + ".tmp")
 
     def _read(self, console: Console) -> None:
         if not self.path.exists():
@@ -77,5 +72,4 @@ class Unfinished:
         self.results.update(results)
 
     def _write(self) -> None:
-        self._temporary.write_text(json.dumps({"made_by": self.made_by, "results": self.results}, indent=1))
-        os.replace(self._temporary, self.path)
+        write_atomically(self.path, json.dumps({"made_by": self.made_by, "results": self.results}, indent=1))
