@@ -201,16 +201,15 @@ def _find_blocks(skeleton: nn.Module, config: Any) -> str:
 def _fill(module: nn.Module, state: dict[str, Tensor], name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Give a module on the meta device its tensors; buffers that no checkpoint stores are computed anew."""
     state = {key: t.to(device, dtype if t.is_floating_point() else None) for key, t in state.items()}
-    outcome = module.load_state_dict(state, strict=False, assign=True)
-    stored = set(module.state_dict())
-    missing = [key for key in outcome.missing_keys if key in stored]
-    if missing:
-        raise QuantizationError(f"{name} lacks tensors in the checkpoint: {', '.join(missing)}")
-    for part in module.modules():
-        if any(buffer is not None and buffer.is_meta for buffer in part.buffers(recurse=False)):
+    stored = module.state_dict().keys()
+    if missing := stored - state.keys():
+        raise QuantizationError(f"{name} lacks tensors in the checkpoint: {', '.join(sorted(missing))}")
+    for part_name, part in module.named_modules():
+        buffers = {key for key, _ in part.named_buffers(part_name, recurse=False)}
+        if buffers - stored:
             part.to_empty(device=device, recurse=False)
-            _initializer(module)(part)
-    module.load_state_dict(state, strict=False, assign=True)  # parts with such buffers had their weights made anew, too
+            _initializer(module)(part)  # its weights, too, which are read after it
+    module.load_state_dict(state, strict=False, assign=True)
 
 
 def _initializer(module: nn.Module) -> Any:
