@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_babai.format.lattice import MAX_INTEGER, integer_range
+from vllm_babai.offline.factor import Factor
 from vllm_babai.offline.lattice import Lattice
 from vllm_babai.offline.nearest_plane import NearestPlane, Rounding, Solution, expected_targets
 
@@ -63,9 +64,10 @@ def _search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, o
     """
     factor, (low, high) = lattice.columns, integer_range(bits)
     cells = _cells(factor.order, groups)
-    scales = _choose_scales(weight, lattice, cells, bits, overflow, seed)
-    scales = _improve_scales(scales, weight, lattice, cells, bits, overflow, seed + DRAWS)
-    steps, importance = _steps(scales, cells), _importance(weight, lattice)
+    importance = _importance(weight, lattice)
+    scales = _choose_scales(weight, lattice, cells, importance, bits, overflow, seed)
+    scales = _improve_scales(scales, weight, factor, cells, importance, bits, overflow, seed + DRAWS)
+    steps = _steps(scales, cells)
     targets, _ = expected_targets(weight, steps, factor, seed + DRAWS + len(SPANS))
     saved = savings(targets, steps, importance, bits)
     rates: list[float] = []
@@ -78,14 +80,16 @@ def _search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, o
     return Solution(scales, steps, plane, len(rates), kept)
 
 
-def _choose_scales(weight: Tensor, lattice: Lattice, cells: Tensor, bits: int, overflow: float, seed: int) -> Tensor:
+def _choose_scales(
+    weight: Tensor, lattice: Lattice, cells: Tensor, importance: Tensor, bits: int, overflow: float, seed: int
+) -> Tensor:
     """Scales, bfloat16 [out, groups], chosen on draws of the targets that nearest plane is expected to meet.
 
     So many targets are let beyond the range that as many as asked for are worth the price of an entry which goes with
     these scales.
     """
     pivots, row_pivots = lattice.columns.pivots.to(weight), lattice.row_pivots(weight.shape[1]).to(weight)
-    importance, both = _importance(weight, lattice), torch.cat((cells, cells + len(weight)), 1)
+    both = torch.cat((cells, cells + len(weight)), 1)
     beyond = overflow
     scales, price = overflow_scales(weight, cells, pivots, row_pivots, bits, beyond)
     for attempt in range(DRAWS):
@@ -99,25 +103,31 @@ def _choose_scales(weight: Tensor, lattice: Lattice, cells: Tensor, bits: int, o
 
 
 def _improve_scales(
-    scales: Tensor, weight: Tensor, lattice: Lattice, cells: Tensor, bits: int, overflow: float, seed: int
+    scales: Tensor,
+    weight: Tensor,
+    factor: Factor,
+    cells: Tensor,
+    importance: Tensor,
+    bits: int,
+    overflow: float,
+    seed: int,
 ) -> Tensor:
     """Scales, bfloat16 [out, groups], near those given, at which what rounding costs and what targets beyond the range
     cost, each kept within it or stored for the price of an entry, is least; on new draws of the targets.
     """
-    importance = _importance(weight, lattice)
     rounding = importance[cells].sum(1) / 12
     for attempt, span in enumerate(SPANS):
         steps = _steps(scales, cells)
-        draws = expected_targets(weight, steps, lattice.columns, seed + attempt)
+        draws = expected_targets(weight, steps, factor, seed + attempt)
         price = _price(torch.cat([savings(targets, steps, importance, bits) for targets in draws]), overflow)
-        factors = torch.exp2(torch.linspace(-span, span, CANDIDATES, device=weight.device))
+        multiples = torch.exp2(torch.linspace(-span, span, CANDIDATES, device=weight.device))
         costs = []
-        for factor in factors:
+        for multiple in multiples:
             beyond = torch.zeros_like(weight)
             for targets in draws:
-                beyond += savings(targets, factor * steps, importance, bits).clamp_(max=price) / len(draws)
-            costs.append((factor * scales.T.float()).square() * rounding + beyond[cells].sum(1))
-        scales = (scales.float() * factors[torch.stack(costs).argmin(0)].T).to(torch.bfloat16)
+                beyond += savings(targets, multiple * steps, importance, bits).clamp_(max=price) / len(draws)
+            costs.append((multiple * scales.T.float()).square() * rounding + beyond[cells].sum(1))
+        scales = (scales.float() * multiples[torch.stack(costs).argmin(0)].T).to(torch.bfloat16)
     return scales
 
 
