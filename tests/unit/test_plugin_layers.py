@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import pytest
@@ -62,6 +62,17 @@ def make_merged(**options: object) -> LinearBase:
     return vllm_linear.MergedColumnParallelLinear(HIDDEN, [192, 192], **options)
 
 
+VOCABULARY, PADDED = 330, 384  # as vLLM pads it
+
+
+def make_head(**options: object) -> vllm_vocabulary.ParallelLMHead:
+    return vllm_vocabulary.ParallelLMHead(VOCABULARY, HIDDEN, **options)
+
+
+def padded_rows(weights: dict[object, Tensor], rank: int, ranks: int) -> Tensor:
+    return rows(torch.nn.functional.pad(weights[None], (0, 0, 0, PADDED - VOCABULARY)), rank, ranks)
+
+
 SPLIT = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 CASES = {
     "qkv_proj": Case(make_qkv, QKV, qkv, SPLIT),
@@ -81,6 +92,7 @@ CASES = {
     "replicated": Case(
         lambda **o: vllm_linear.ReplicatedLinear(HIDDEN, 192, **o), {None: 192}, lambda w, r, n: w[None]
     ),
+    "lm_head": Case(make_head, {None: VOCABULARY}, padded_rows),
 }
 
 
@@ -111,9 +123,10 @@ FOUR_BITS = CheckpointConfig("ssqr", 4)
 
 
 def make_layer(name: str, rank: int = 0, ranks: int = 1, checkpoint: CheckpointConfig = FOUR_BITS) -> LinearBase:
-    config = BabaiConfig(checkpoint)
-    config.packed_modules_mapping = CASES[name].fused
     prefix = f"model.{name.split()[0]}"
+    named = replace(checkpoint, overrides={prefix: {}} | checkpoint.overrides)  # without which no head is quantized
+    config = BabaiConfig(named)
+    config.packed_modules_mapping = CASES[name].fused
     with as_rank(rank, ranks):
         return CASES[name].make(bias=False, params_dtype=torch.float32, quant_config=config, prefix=prefix)
 
@@ -419,40 +432,21 @@ def test_columns_that_do_not_divide(bits: int, group_size: int, multiple: int) -
             vllm_linear.RowParallelLinear(256 + 8, 64, bias=False, quant_config=config, prefix="model.row")
 
 
-VOCABULARY = 330  # vLLM pads it to 384
-
-
-def make_head(rank: int, ranks: int, checkpoint: CheckpointConfig) -> vllm_vocabulary.ParallelLMHead:
-    with as_rank(rank, ranks):
-        return vllm_vocabulary.ParallelLMHead(
-            VOCABULARY, HIDDEN, params_dtype=torch.float32, quant_config=BabaiConfig(checkpoint), prefix="lm_head"
-        )
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", ["ssqr", "packed", "coded"])
-def test_every_rank_holds_its_part_of_the_vocabulary(kind: str, ranks: int) -> None:
+def test_a_head_may_have_bits_of_its_own() -> None:
     torch.manual_seed(0)
-    if kind == "ssqr":
-        weight = random_weight(VOCABULARY, bits=5)
-        stored: SSQR | HPTQ = SSQR.encode(weight, 5)
-        checkpoint = CheckpointConfig("ssqr", 4, overrides={"lm_head": {"bits": 5}})
-    else:
-        weight = gaussian_weight(VOCABULARY, 1.5)
-        stored = HPTQ.encode(weight)
-        checkpoint = CheckpointConfig("hptq", residency=kind, overrides={"lm_head": {}})
-    padded = torch.nn.functional.pad(weight.dequantize(), (0, 0, 0, 384 - VOCABULARY))
-    for rank in range(ranks):
-        head = make_head(rank, ranks, checkpoint)
-        load(head, [(None, stored)])
-        assert torch.equal(held_weight(head, HIDDEN), rows(padded, rank, ranks))
+    weight = random_weight(VOCABULARY, bits=5)
+    head = make_layer("lm_head", checkpoint=CheckpointConfig("ssqr", 4, overrides={"model.lm_head": {"bits": 5}}))
+    load(head, [(None, SSQR.encode(weight, 5))])
+    assert torch.equal(held_weight(head, HIDDEN), padded_rows({None: weight.dequantize()}, 0, 1))
 
 
 def test_a_head_that_the_checkpoint_does_not_name_stays_as_it_is() -> None:
-    head = make_head(0, 1, CheckpointConfig("ssqr", 4, ignore=["lm_head"]))
+    config = BabaiConfig(CheckpointConfig("ssqr", 4, ignore=["lm_head"]))
+    with as_rank(0, 1):
+        head = make_head(quant_config=config, prefix="lm_head")
     assert isinstance(head.quant_method, vllm_vocabulary.UnquantizedEmbeddingMethod)
 
 
 def test_a_rank_without_a_part_of_the_vocabulary() -> None:
     with pytest.raises(ValueError, match="lm_head: a vocabulary of 330 leaves this rank no part of it"):
-        make_head(7, 8, CheckpointConfig("ssqr", 4, overrides={"lm_head": {"bits": 4}}))
+        make_layer("lm_head", 7, 8)
