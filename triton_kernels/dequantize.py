@@ -133,7 +133,7 @@ def dequantized_parts(layout: DeviceLayout, geometry: Geometry, dtype: torch.dty
             overflow_kernel[(count, geometry.segments)](
                 layout.scales,
                 layout.entries,
-                layout.offsets[geometry.counters :],
+                layout.offsets[geometry.starts :],
                 weight,
                 first,
                 k,

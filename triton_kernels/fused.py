@@ -17,6 +17,7 @@ from torch import Tensor
 from vllm_babai.layout import DeviceLayout
 from vllm_babai.triton_kernels.configs import BUCKETS, Config, Target
 from vllm_babai.triton_kernels.layout import SLOT, Geometry
+from vllm_babai.triton_kernels.overflow import overflow_product, overflow_sum
 from vllm_babai.triton_kernels.unpack import load_words, matrix_product, round_to, unpack_slot
 
 SMALLEST_DOT = {"cuda": 8, "hip": 16, "interpreter": 8}  # tokens that a matrix instruction takes at least
@@ -27,10 +28,11 @@ SUM_ELEMENTS = 4096  # partial sums that are loaded at a time, at most
 @triton.jit(do_not_specialize=["m", "column_blocks", "splits", "segments"])
 def fused_kernel(
     x_ptr,  # [m, k]
-    xt_ptr,  # [k, m tiles · BM], x itself when there is one token
+    xt_ptr,  # [k, m tiles · OVERFLOW_TOKENS]
     dense_ptr,
     scales_ptr,
     entries_ptr,
+    diagonal_ptr,
     starts_ptr,
     counters_ptr,
     partials_ptr,  # fp32 [m tiles, row blocks, shares, BM, ROWS]
@@ -52,7 +54,7 @@ def fused_kernel(
     ONE_TILE: tl.constexpr,
     STORED_M: tl.constexpr,
     SHARES_STEP: tl.constexpr,
-    OVERFLOW_M: tl.constexpr,
+    OVERFLOW_TOKENS: tl.constexpr,
     OVERFLOW_STEP: tl.constexpr,
     STAGES: tl.constexpr,
     BACKEND: tl.constexpr,
@@ -66,21 +68,28 @@ def fused_kernel(
     else:
         row_block, first_token = tile % row_blocks, tile // row_blocks * BM
     rows = row_block * ROWS + tl.arange(0, ROWS)
-    if share < segments:
-        _overflow_share(
-            xt_ptr, scales_ptr, entries_ptr, starts_ptr, partials_ptr, tile * shares + share, share, rows,
-            first_token, m, 1 if STORED_M == 1 else tl.cdiv(m, BM) * BM, padded_rows, group_size, FLUSH, ROWS, BM,
-            OVERFLOW_M, OVERFLOW_STEP,
-        )  # fmt: skip
-    else:
+    slot, present = tile * shares + share, m - first_token
+    if share >= segments:
         per_split = tl.cdiv(column_blocks, splits)
         first_block = (share - segments) * per_split
         last_block = tl.minimum(first_block + per_split, column_blocks)
-        _dense_share(
-            x_ptr, dense_ptr, scales_ptr, partials_ptr, tile * shares + share, rows, first_token, first_block,
-            last_block, m, k, padded_rows, column_blocks, group_size, BITS, BLOCK_COLUMNS, FLUSH, EVEN_K, ROWS, BM,
+        dense = _dense_sum(
+            x_ptr, dense_ptr, scales_ptr, rows, first_token, first_block, last_block, m, k, padded_rows, column_blocks,
+            group_size, BITS, BLOCK_COLUMNS, FLUSH, EVEN_K, ROWS, BM, STAGES, BACKEND,
+        )  # fmt: skip
+        _store_partial(partials_ptr, slot, dense, present, BM)
+    elif STORED_M == 1:
+        overflow = overflow_sum(
+            x_ptr, scales_ptr, entries_ptr, starts_ptr, share, rows, padded_rows, group_size, FLUSH > 0, OVERFLOW_STEP
+        )
+        _store_partial(partials_ptr, slot, overflow, present, BM)
+    else:
+        overflow = overflow_product(
+            xt_ptr, diagonal_ptr, scales_ptr, entries_ptr, starts_ptr, share, row_block * ROWS, first_token,
+            tl.cdiv(m, BM) * OVERFLOW_TOKENS, padded_rows, group_size, FLUSH > 0, ROWS, OVERFLOW_TOKENS, OVERFLOW_STEP,
             STAGES, BACKEND,
         )  # fmt: skip
+        _store_partial(partials_ptr, slot, overflow, present, BM)
 
     tl.debug_barrier()  # all of this program's stores come before its arrival
     arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
@@ -112,12 +121,12 @@ def _sum_shares(
 
 
 @triton.jit
-def _dense_share(
-    x_ptr, dense_ptr, scales_ptr, partials_ptr, slot_index, rows, first_token, first_block, last_block, m, k,
-    padded_rows, column_blocks, group_size, BITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, FLUSH: tl.constexpr,
-    EVEN_K: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, BACKEND: tl.constexpr,
+def _dense_sum(
+    x_ptr, dense_ptr, scales_ptr, rows, first_token, first_block, last_block, m, k, padded_rows, column_blocks,
+    group_size, BITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, FLUSH: tl.constexpr, EVEN_K: tl.constexpr,
+    ROWS: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, BACKEND: tl.constexpr,
 ):  # fmt: skip
-    """Write the sum over some column blocks, scaled, to a partial [BM, ROWS]."""
+    """The sum over some column blocks, scaled, fp32 [ROWS, BM]."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WORDS: tl.constexpr = BLOCK_COLUMNS * BITS // 512
     TILE_WORDS: tl.constexpr = 64 * 16
@@ -151,75 +160,33 @@ def _dense_share(
                     group_total = tl.zeros((ROWS, BM), tl.float32)
     if FLUSH == 0:
         total = total * tl.load(scales_ptr + rows).to(tl.float32)[:, None]
-    _store_partial(partials_ptr, slot_index, total, tl.arange(0, BM), m - first_token, ROWS, BM)
+    return total
 
 
 @triton.jit
-def _overflow_share(
-    xt_ptr, scales_ptr, entries_ptr, starts_ptr, partials_ptr, slot_index, segment, rows, first_token, m, token_stride,
-    padded_rows, group_size, FLUSH: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, OVERFLOW_M: tl.constexpr,
-    OVERFLOW_STEP: tl.constexpr,
-):  # fmt: skip
-    """Write the sum over the overflow entries of one segment, scaled, to a partial [BM, ROWS]."""
-    start = tl.load(starts_ptr + segment * padded_rows + rows)
-    end = tl.load(starts_ptr + segment * padded_rows + rows + 1)
-    longest = tl.max(end - start, 0)
-    end = end[:, None]
-    first_index = start[:, None] + tl.arange(0, OVERFLOW_STEP)[None, :]
-    for chunk in range(0, tl.minimum(BM, m - first_token), OVERFLOW_M):
-        tokens = first_token + chunk + tl.arange(0, OVERFLOW_M)
-        if OVERFLOW_M == 1:
-            products = tl.zeros((ROWS, OVERFLOW_STEP), tl.float32)
-        else:
-            products = tl.zeros((ROWS, OVERFLOW_STEP, OVERFLOW_M), tl.float32)
-        for step in range(0, longest, OVERFLOW_STEP):
-            index = first_index + step
-            inside = index < end
-            entry = tl.load(entries_ptr + index, mask=inside, other=0).to(tl.int32)
-            column = segment * 2048 + (entry & 2047)
-            excess = (entry >> 11).to(tl.float32)
-            if FLUSH > 0:
-                scale_ptrs = scales_ptr + column // group_size * padded_rows + rows[:, None]
-                excess = excess * tl.load(scale_ptrs, mask=inside, other=0.0).to(tl.float32)
-            if OVERFLOW_M == 1:
-                x = tl.load(xt_ptr + column, mask=inside, other=0.0, eviction_policy="evict_last")
-                products += excess * x.to(tl.float32)
-            else:
-                x_ptrs = xt_ptr + (column * token_stride)[:, :, None] + tokens[None, None, :]
-                x = tl.load(x_ptrs, mask=inside[:, :, None], other=0.0, eviction_policy="evict_last")
-                products += excess[:, :, None] * x.to(tl.float32)
-        total = tl.sum(products, 1).reshape(ROWS, OVERFLOW_M)
-        if FLUSH == 0:
-            total = total * tl.load(scales_ptr + rows).to(tl.float32)[:, None]
-        _store_partial(partials_ptr, slot_index, total, tokens - first_token, m - first_token, ROWS, BM)
-
-
-@triton.jit
-def _store_partial(partials_ptr, slot_index, total, tokens, present, ROWS: tl.constexpr, BM: tl.constexpr):
-    """Store some tokens' columns of a partial [BM, ROWS]; tokens from `present` on do not exist."""
-    ptrs = partials_ptr + (slot_index * BM + tokens)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
-    tl.store(ptrs, total, mask=(tokens < present)[None, :])
+def _store_partial(partials_ptr, slot, total, present, BM: tl.constexpr):
+    """Store sums [rows, tokens] as a partial [BM, rows]; tokens from `present` on do not exist."""
+    tokens = tl.arange(0, total.shape[1])[None, :]
+    ptrs = partials_ptr + (slot * BM + tokens) * total.shape[0] + tl.arange(0, total.shape[0])[:, None]
+    tl.store(ptrs, total, mask=tokens < present)
 
 
 def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int, backend: str) -> dict[str, Any]:
     """Compile-time constants of `fused_kernel` for a bucket of `tokens` tokens."""
     block = geometry.block_columns
     group_size = geometry.in_features // groups
-    block_m = max(tokens, SMALLEST_DOT[backend])
-    products = OVERFLOW_PRODUCTS * config.warps // config.rows  # of a row, at a time
-    overflow_m = min(tokens, products)
     return {
         "BITS": geometry.bits,
         "BLOCK_COLUMNS": block,
         "FLUSH": 0 if groups == 1 else math.gcd(group_size, block) // SLOT,
         "EVEN_K": geometry.in_features % block == 0,
         "ROWS": config.rows,
-        "BM": block_m,
+        "BM": max(tokens, SMALLEST_DOT[backend]),
         "ONE_TILE": tokens < BUCKETS[-1],  # of tokens
         "STORED_M": tokens,
         "SHARES_STEP": max(1, min(32, SUM_ELEMENTS // (config.rows * tokens))),
-        "OVERFLOW_M": overflow_m,
-        "OVERFLOW_STEP": min(16, products // overflow_m),
+        "OVERFLOW_TOKENS": max(tokens, 16),
+        "OVERFLOW_STEP": 16 if tokens == 1 else 4,
         "STAGES": config.stages,
         "BACKEND": backend,
     }
@@ -244,11 +211,12 @@ def multiply_fused(
     partials = torch.empty(tiles * shares * constants["BM"] * config.rows, dtype=torch.float32, device=x.device)
     fused_kernel[(tiles * shares,)](
         x,
-        _token_minor(x, tokens, m_tiles * constants["BM"]) if segments else x,
+        _token_minor(x, m_tiles * constants["OVERFLOW_TOKENS"], groups) if segments and tokens > 1 else x,
         layout.dense,
         layout.scales,
         layout.entries,
-        layout.offsets[geometry.counters :],
+        layout.offsets[geometry.diagonal :],
+        layout.offsets[geometry.starts :],
         layout.offsets,
         partials,
         y,
@@ -274,10 +242,11 @@ def _splits(geometry: Geometry, tiles: int, config: Config, target: Target) -> i
     return -(-geometry.column_blocks // per_split)
 
 
-def _token_minor(x: Tensor, tokens: int, columns: int) -> Tensor:
-    """x transposed to [in_features, columns], for the overflow part gathers features; the last columns are not set."""
-    if tokens == 1:
-        return x
-    transposed = x.new_empty(x.shape[1], columns)
+def _token_minor(x: Tensor, columns: int, groups: int) -> Tensor:
+    """x as [in_features, columns], for the overflow part gathers features; columns beyond the tokens are not set.
+
+    In bf16 if there are several scales a row: fp16 has no room for small scales times large integers.
+    """
+    transposed = x.new_empty(x.shape[1], columns, dtype=x.dtype if groups == 1 else torch.bfloat16)
     transposed[:, : x.shape[0]] = x.t()
     return transposed

@@ -9,8 +9,9 @@ scales: bf16 [groups, padded out_features], so that neighbouring rows lie side b
 entries: int16 or int32 [entries], sorted by segment (2048 columns), row and column: bits 0…10 are the column in its
     segment, the rest the excess. What five bits of excess cannot say is spread over several entries of the same column;
     whichever of the two widths takes fewer bytes is used.
-offsets: int32 [COUNTERS + segments · padded out_features + 1]: first the arrival counters of the fused kernel, zero
-    between launches, then where every row of every segment starts in `entries`.
+offsets: int32 [COUNTERS + 16 · 16 + segments · padded out_features + 1]: first the arrival counters of the fused
+    kernel, zero between launches, then a diagonal of −1 that it masks with, then where every row of every segment
+    starts in `entries`.
 
 Rows are padded to a multiple of ROW_ALIGNMENT with scale 0, columns to whole column blocks with z = 0.
 """
@@ -29,6 +30,7 @@ SLOT = 2 * PAIRS
 ROW_ALIGNMENT = 128
 SEGMENT_BITS = 11
 SEGMENT = 1 << SEGMENT_BITS
+DIAGONAL = 16
 SMALLEST_ROWS = 32  # of an output tile of the fused kernel
 MAX_M_TILES = 8
 
@@ -82,6 +84,16 @@ class Geometry:
     def counters(self) -> int:
         """Arrival counters: one for every output tile, were all of them as small as can be."""
         return self.padded_rows // SMALLEST_ROWS * MAX_M_TILES
+
+    @property
+    def diagonal(self) -> int:
+        """Where the mask of a diagonal begins in `offsets`."""
+        return self.counters
+
+    @property
+    def starts(self) -> int:
+        """Where the starts of rows begin in `offsets`."""
+        return self.diagonal + DIAGONAL**2
 
 
 def device_layout(
@@ -165,4 +177,5 @@ def pack_overflow(overflow: Overflow, geometry: Geometry) -> tuple[Tensor, Tenso
     entries = (excess << SEGMENT_BITS | column % SEGMENT).to(dtype)
     starts = torch.arange(geometry.segments * geometry.padded_rows + 1)
     starts = torch.searchsorted(column // SEGMENT * geometry.padded_rows + row, starts)
-    return entries, torch.cat([torch.zeros(geometry.counters, dtype=torch.int32), starts.int()])
+    diagonal = -torch.eye(DIAGONAL, dtype=torch.int32).flatten()
+    return entries, torch.cat([torch.zeros(geometry.counters, dtype=torch.int32), diagonal, starts.int()])

@@ -31,6 +31,7 @@ DENSE_TYPES = {
     "dense_ptr": "*i32",
     "scales_ptr": "*bf16",
     "entries_ptr": "*i16",
+    "diagonal_ptr": "*i32",
     "starts_ptr": "*i32",
     "counters_ptr": "*i32",
     "partials_ptr": "*fp32",
@@ -55,11 +56,14 @@ def dense_types(dtype: str = "bf16") -> dict[str, str]:
     return DENSE_TYPES | dict.fromkeys(("x_ptr", "xt_ptr", "y_ptr", "weight_ptr"), f"*{dtype}")
 
 
-def compile_kernel(kernel, types: dict[str, str], constants: dict, architecture: str, warps: int):
-    """Compile a kernel for an architecture. types: of its arguments, by name; constants: of the others."""
+def compile_kernel(kernel, types: dict[str, str], constants: dict, architecture: str, warps: int, multiples=MULTIPLES):
+    """Compile a kernel for an architecture. types: of its arguments, by name; constants: of the others.
+
+    multiples: integer arguments that are a multiple of 16; pointers always are.
+    """
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    multiples = [name for name in names if name in MULTIPLES or name.endswith("_ptr")]
+    multiples = [name for name in names if name in multiples or name.endswith("_ptr")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
     source = ASTSource(
         kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
@@ -123,7 +127,10 @@ def _count(pattern: str, code: list[str]) -> int:
 
 
 def _main_loop(code: list[str]) -> list[str]:
-    """The instructions of the loop (code up to a backward branch) with most matrix products; of those the innermost."""
+    """The instructions of the loop (code up to a backward branch) with most matrix products; of those the innermost.
+
+    Loops that convert integers do not count: the overflow part's products are not the main ones.
+    """
     labels, instructions, loops = {}, [], []
     for line in code:
         if line.startswith(".L"):
@@ -135,7 +142,11 @@ def _main_loop(code: list[str]) -> list[str]:
             loop = instructions[labels[target[1]] :]
             if len(loop) > 1:  # every kernel ends with a branch to itself
                 loops.append(loop)
-    return max(loops, key=lambda loop: (_count(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", loop), -len(loop)))
+
+    def products(loop: list[str]) -> int:
+        return 0 if _count(r"\bI2F", loop) else _count(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", loop)
+
+    return max(loops, key=lambda loop: (products(loop), -len(loop)))
 
 
 def cases(architecture: str) -> dict[str, tuple[int, int, int, str]]:

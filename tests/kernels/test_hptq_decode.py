@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from vllm_babai.coded import coded_tensors
@@ -44,10 +45,17 @@ def check_decoder(rows: int, columns: int, window: slice, sigma: float, uneven: 
         assert torch.allclose(multiply_coded(x, tensors), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All lanes and many segments in matrices that an interpreter gets through."""
+    monkeypatch.setattr(hptq, "LANE_WEIGHTS", 64)
+    monkeypatch.setattr(hptq, "TILE_WEIGHTS", 1024)
+    monkeypatch.setattr(hptq, "TILE_COLUMNS", 256)
+    monkeypatch.setattr(segments, "SEGMENT_WEIGHTS", 512)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    # all lanes and many segments in matrices that an interpreter gets through
-    hptq.LANE_WEIGHTS, hptq.TILE_WEIGHTS, hptq.TILE_COLUMNS, segments.SEGMENT_WEIGHTS = 64, 1024, 256, 512
+    small_segments(pytest.MonkeyPatch())
     check_decoder(11, 100, slice(0, 100), 1.5, 0.7, torch.rand(1, 1).bfloat16())
     check_decoder(6, 350, slice(30, 300), 5.0, 0.0, torch.rand(6, 3).bfloat16())
     check_decoder(4, 45, slice(0, 45), 1.0, 0.0, torch.rand(1, 45).bfloat16())

@@ -1,0 +1,108 @@
+"""The kernels as they are compiled for NVIDIA GPUs, run instruction by instruction on the CPU (`ptx_operations.py`).
+
+What the interpreter cannot see: inline assembly, layouts of matrix operands, asynchronous copies, constants that are
+compiled in. Without blocks side by side, though, and without caches.
+"""
+
+import numpy as np
+import pytest
+import torch
+from compiled import Compiled
+from interpreted import check, layout_of, random_weight
+from ptx import Fault, Memory, Shape, parse
+from ptx_operations import run
+from test_hptq_decode import check_decoder, small_segments
+
+from vllm_babai.triton_kernels import coded, dequantize, entropy, fused
+from vllm_babai.triton_kernels.configs import Target
+from vllm_babai.triton_kernels.layout import Geometry
+
+KERNELS = (
+    (fused, "fused_kernel"),
+    (dequantize, "dense_kernel"),
+    (dequantize, "overflow_kernel"),
+    (entropy, "decode_kernel"),
+    (coded, "multiply_kernel"),
+)
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def compile_for(architecture: str, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """Run all kernels as if tensors on the CPU were on a small GPU of this architecture."""
+    torch.manual_seed(0)
+    target = Target("cuda", architecture, architecture, 4)
+    monkeypatch.setattr(Target, "of", lambda device: target)
+    for module, name in KERNELS:
+        monkeypatch.setattr(module, name, Compiled(getattr(module, name), architecture))
+    return target
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "columns", "groups", "tokens"),
+    [
+        ("sm_80", BF16, 333, 1, 1),
+        ("sm_80", FP16, 640, 5, 11),
+        ("sm_90", FP16, 640, 5, 1),
+        ("sm_90", BF16, 333, 1, 16),
+        ("sm_90", BF16, 640, 1, 64),
+    ],
+)
+def test_product(
+    architecture: str,
+    bits: int,
+    dtype: torch.dtype,
+    columns: int,
+    groups: int,
+    tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compile_for(architecture, monkeypatch)
+    check(random_weight(bits, 96, columns, groups, overflow=0.05), bits, torch.randn(tokens, columns).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tokens"), [("sm_90", 3), ("sm_90", 17), ("sm_90", 65), ("sm_120", 1), ("sm_120", 16)]
+)
+def test_heavy_overflow(architecture: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries of 32 bits, beyond what 16-bit floats hold, in two segments of columns; several tiles of tokens, too."""
+    compile_for(architecture, monkeypatch)
+    weight = random_weight(4, 40, 2100, overflow=0.3, spread=3000)
+    assert layout_of(weight, 4).entries.dtype == torch.int32
+    check(weight, 4, torch.randn(tokens, 2100).bfloat16())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize(("dtype", "groups"), [(torch.bfloat16, 1), (torch.float32, 9)])
+def test_dequantized_weight_is_exact(
+    bits: int, dtype: torch.dtype, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = compile_for("sm_90", monkeypatch)
+    weight = random_weight(bits, 70, 288, groups, overflow=0.05, spread=40)
+    dense = dequantize.dequantize(layout_of(weight, bits), Geometry(bits, 288, 70), dtype, target.backend)
+    assert torch.equal(dense, weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_coded(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_for(architecture, monkeypatch)
+    small_segments(monkeypatch)
+    check_decoder(11, 100, slice(0, 100), 1.5, 0.7, torch.rand(1, 1).bfloat16())
+    check_decoder(6, 350, slice(30, 300), 5.0, 0.0, torch.rand(6, 3).bfloat16())
+
+
+def test_accesses_are_checked() -> None:
+    load = """.entry load(.param .u64 load_param_0) {
+        ld.param.b64 %rd1, [load_param_0];
+        ld.global.b32 {%r1}, [%rd1 + OFFSET];
+        ret;
+    \n}"""
+    memory = Memory(1 << 14)
+    address = memory.map(np.arange(8, dtype=np.uint8))
+    for offset, problem in (("4", None), ("2", "not aligned"), ("8", "outside of every tensor")):
+        program = parse(load.replace("OFFSET", offset))
+        if problem is None:
+            run(program, [address], memory, [(0,)], Shape(32, 0))
+            continue
+        with pytest.raises(Fault, match=f"{problem}.* in block .*ld.global"):
+            run(program, [address], memory, [(0,)], Shape(32, 0))
