@@ -88,6 +88,11 @@ class Target:
     name: str
     processors: int
 
+    @property
+    def overlaps_launches(self) -> bool:
+        """Whether a kernel may start before the one before it has ended: CUDA's programmatic dependent launch."""
+        return self.backend == "cuda" and int(self.architecture[3:]) >= 90
+
     @classmethod
     @cache
     def of(cls, device: torch.device) -> "Target":

@@ -18,6 +18,7 @@ from vllm_babai.layout import DeviceLayout
 from vllm_babai.triton_kernels.configs import BUCKETS, Config, Target
 from vllm_babai.triton_kernels.layout import SLOT, Geometry
 from vllm_babai.triton_kernels.overflow import overflow_product, overflow_sum
+from vllm_babai.triton_kernels.transpose import transpose
 from vllm_babai.triton_kernels.unpack import load_words, matrix_product, round_to, unpack_slot
 
 SMALLEST_DOT = {"cuda": 8, "hip": 16, "interpreter": 8}  # tokens that a matrix instruction takes at least
@@ -56,6 +57,7 @@ def fused_kernel(
     SHARES_STEP: tl.constexpr,
     OVERFLOW_TOKENS: tl.constexpr,
     OVERFLOW_STEP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     STAGES: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
@@ -84,6 +86,8 @@ def fused_kernel(
         )
         _store_partial(partials_ptr, slot, overflow, present, BM)
     else:
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()  # for x to be transposed
         overflow = overflow_product(
             xt_ptr, diagonal_ptr, scales_ptr, entries_ptr, starts_ptr, share, row_block * ROWS, first_token,
             tl.cdiv(m, BM) * OVERFLOW_TOKENS, padded_rows, group_size, FLUSH > 0, ROWS, OVERFLOW_TOKENS, OVERFLOW_STEP,
@@ -171,7 +175,7 @@ def _store_partial(partials_ptr, slot, total, present, BM: tl.constexpr):
     tl.store(ptrs, total, mask=tokens < present)
 
 
-def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int, backend: str) -> dict[str, Any]:
+def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int, target: Target) -> dict[str, Any]:
     """Compile-time constants of `fused_kernel` for a bucket of `tokens` tokens."""
     block = geometry.block_columns
     group_size = geometry.in_features // groups
@@ -181,14 +185,15 @@ def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int
         "FLUSH": 0 if groups == 1 else math.gcd(group_size, block) // SLOT,
         "EVEN_K": geometry.in_features % block == 0,
         "ROWS": config.rows,
-        "BM": max(tokens, SMALLEST_DOT[backend]),
+        "BM": max(tokens, SMALLEST_DOT[target.backend]),
         "ONE_TILE": tokens < BUCKETS[-1],  # of tokens
         "STORED_M": tokens,
         "SHARES_STEP": max(1, min(32, SUM_ELEMENTS // (config.rows * tokens))),
         "OVERFLOW_TOKENS": max(tokens, 16),
         "OVERFLOW_STEP": 16 if tokens == 1 else 4,
+        "DEPENDENT": tokens > 1 and target.overlaps_launches,
         "STAGES": config.stages,
-        "BACKEND": backend,
+        "BACKEND": target.backend,
     }
 
 
@@ -201,7 +206,7 @@ def multiply_fused(
     """
     m = x.shape[0]
     groups = layout.scales.shape[0]
-    constants = fused_constants(geometry, config, groups, tokens, target.backend)
+    constants = fused_constants(geometry, config, groups, tokens, target)
     m_tiles = -(-m // constants["BM"])
     tiles = geometry.padded_rows // config.rows * m_tiles
     segments = geometry.segments if layout.entries.numel() else 0
@@ -209,9 +214,14 @@ def multiply_fused(
     y = x.new_empty(m, geometry.out_features)
     shares = segments + splits
     partials = torch.empty(tiles * shares * constants["BM"] * config.rows, dtype=torch.float32, device=x.device)
+    gathered, options = x, {}
+    if segments and tokens > 1:
+        # with several scales a row in bf16: fp16 has no room for small scales times large integers
+        gathered = transpose(x, constants["OVERFLOW_TOKENS"], x.dtype if groups == 1 else torch.bfloat16, target)
+        options = {"launch_pdl": True} if constants["DEPENDENT"] else {}
     fused_kernel[(tiles * shares,)](
         x,
-        _token_minor(x, m_tiles * constants["OVERFLOW_TOKENS"], groups) if segments and tokens > 1 else x,
+        gathered,
         layout.dense,
         layout.scales,
         layout.entries,
@@ -231,6 +241,7 @@ def multiply_fused(
         **constants,
         num_warps=config.warps,
         enable_fp_fusion=True,
+        **options,
     )
     return y
 
@@ -240,13 +251,3 @@ def _splits(geometry: Geometry, tiles: int, config: Config, target: Target) -> i
     wanted = max(1, min(geometry.column_blocks, round(config.programs_per_sm * target.processors / tiles)))
     per_split = -(-geometry.column_blocks // wanted)
     return -(-geometry.column_blocks // per_split)
-
-
-def _token_minor(x: Tensor, columns: int, groups: int) -> Tensor:
-    """x as [in_features, columns], for the overflow part gathers features; columns beyond the tokens are not set.
-
-    In bf16 if there are several scales a row: fp16 has no room for small scales times large integers.
-    """
-    transposed = x.new_empty(x.shape[1], columns, dtype=x.dtype if groups == 1 else torch.bfloat16)
-    transposed[:, : x.shape[0]] = x.t()
-    return transposed

@@ -164,12 +164,13 @@ def cases(architecture: str) -> dict[str, tuple[int, int, int, str]]:
 def gate(architecture: str) -> dict[str, dict[str, float]]:
     """Case → measures for one architecture."""
     backend = "cuda" if architecture.startswith("sm_") else "hip"
-    table = table_for(Target(backend, architecture, architecture, 1))
+    target = Target(backend, architecture, architecture, 1)
+    table = table_for(target)
     results = {}
     for name, (bits, tokens, groups, dtype) in cases(architecture).items():
         geometry = Geometry(bits, 4096, 4096)
         config = table.lookup(bits, tokens, 4096, 4096)
-        constants = fused_constants(geometry, config, groups, tokens, backend)
+        constants = fused_constants(geometry, config, groups, tokens, target)
         compiled = compile_kernel(fused_kernel, dense_types(dtype), constants, architecture, config.warps)
         results[name] = measure(compiled, config.rows * geometry.block_columns)
     for bits in (3, 4):

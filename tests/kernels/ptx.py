@@ -128,7 +128,7 @@ class Block:
             register, _, offset = word.strip("[] ").partition("+")
             return self.registers[register.strip()] + np.uint64(int(offset or 0))
         if re.match(r"-?\d", word):
-            value = int(word[2:], 16) if word.startswith(("0f", "0d")) else int(word, 0)
+            value = int(word[2:], 16) if word.startswith(("0f", "0d")) else int(word.rstrip("U"), 0)
             return np.full(self.shape.threads, value & (2**64 - 1), np.uint64)
         return self.registers[word].astype(np.uint64)
 

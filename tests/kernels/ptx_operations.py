@@ -128,9 +128,20 @@ def _select(block: Block, one: Instruction, active: Mask) -> None:
     block.set(target, np.where(block.registers[condition], block.bits(chosen), block.bits(other)), active)
 
 
-@_operation("createpolicy", "bar", "fence")
+@_operation("prmt")
+def _permute_bytes(block: Block, one: Instruction, active: Mask) -> None:
+    target, low, high, selector = one.operands
+    both = block.bits(low) | block.bits(high) << np.uint64(32)
+    chosen = int(block.bits(selector)[0])
+    if chosen & 0x8888:
+        raise Fault("a permutation that repeats signs is not implemented")
+    moved = ((both >> np.uint64(8 * (chosen >> 4 * i & 7)) & np.uint64(0xFF)) << np.uint64(8 * i) for i in range(4))
+    block.set(target, reduce(np.bitwise_or, moved), active)
+
+
+@_operation("createpolicy", "bar", "fence", "griddepcontrol")
 def _nothing(block: Block, one: Instruction, active: Mask) -> None:
-    """Threads go in step, and there is no cache."""
+    """Threads go in step, kernels one after the other, and there is no cache."""
     if one.name == "createpolicy":
         block.set(one.operands[0], np.zeros(block.shape.threads, np.uint64), active)
 

@@ -13,12 +13,13 @@ from ptx import Fault, Memory, Shape, parse
 from ptx_operations import run
 from test_hptq_decode import check_decoder, small_segments
 
-from vllm_babai.triton_kernels import coded, dequantize, entropy, fused
+from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, matmul, transpose
 from vllm_babai.triton_kernels.configs import Target
 from vllm_babai.triton_kernels.layout import Geometry
 
 KERNELS = (
     (fused, "fused_kernel"),
+    (transpose, "transpose_kernel"),
     (dequantize, "dense_kernel"),
     (dequantize, "overflow_kernel"),
     (entropy, "decode_kernel"),
@@ -106,3 +107,32 @@ def test_accesses_are_checked() -> None:
             continue
         with pytest.raises(Fault, match=f"{problem}.* in block .*ld.global"):
             run(program, [address], memory, [(0,)], Shape(32, 0))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tokens", "overflow", "launches"),
+    [
+        ("sm_90", 1, 0.05, [("fused_kernel", False)]),
+        ("sm_90", 8, 0.0, [("fused_kernel", False)]),
+        ("sm_90", 8, 0.05, [("transpose_kernel", False), ("fused_kernel", True)]),
+        ("sm_80", 8, 0.05, [("transpose_kernel", False), ("fused_kernel", False)]),
+    ],
+)
+def test_overlaps_nothing_but_the_transposition(
+    architecture: str,
+    tokens: int,
+    overflow: float,
+    launches: list[tuple[str, bool]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel that starts before the one before it has ended waits for the transposition alone, so no other may be."""
+    compile_for(architecture, monkeypatch)
+    launched = []
+
+    def record(self: Compiled, grid: tuple[int, ...], arguments: tuple, options: dict) -> None:
+        launched.append((self.kernel.__name__, options.get("launch_pdl", False)))
+
+    monkeypatch.setattr(Compiled, "_launch", record)
+    weight = random_weight(4, 64, 256, overflow=overflow)
+    matmul(torch.randn(tokens, 256).bfloat16(), *layout_of(weight, 4), 4, 64)
+    assert launched == launches
