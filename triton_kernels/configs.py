@@ -6,7 +6,7 @@ architecture (`sm_90`, `gfx942`). A GPU without a table takes its architecture's
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +32,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.rows < SMALLEST_ROWS or ROW_ALIGNMENT % self.rows:
             raise ValueError(f"configuration of {self.rows} rows; they must be {SMALLEST_ROWS}, 64 or {ROW_ALIGNMENT}")
+
+    @property
+    def grouped(self) -> "Config":
+        """For several scales a row, which take a second set of sums: half the rows, so that registers suffice."""
+        return replace(self, rows=min(self.rows, 64))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from vllm_babai.triton_kernels.transpose import transpose
 from vllm_babai.triton_kernels.unpack import load_words, matrix_product, round_to, unpack_slot
 
 SMALLEST_DOT = {"cuda": 8, "hip": 16, "interpreter": 8}  # tokens that a matrix instruction takes at least
-OVERFLOW_PRODUCTS = 1024  # that a warp computes of the overflow part at a time, at most
+OVERFLOW_FEATURES = 1 << 14  # that a program's overflow part gathers ahead, at most
 SUM_ELEMENTS = 4096  # partial sums that are loaded at a time, at most
 
 
@@ -57,6 +57,7 @@ def fused_kernel(
     SHARES_STEP: tl.constexpr,
     OVERFLOW_TOKENS: tl.constexpr,
     OVERFLOW_STEP: tl.constexpr,
+    OVERFLOW_STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
     STAGES: tl.constexpr,
     BACKEND: tl.constexpr,
@@ -91,7 +92,7 @@ def fused_kernel(
         overflow = overflow_product(
             xt_ptr, diagonal_ptr, scales_ptr, entries_ptr, starts_ptr, share, row_block * ROWS, first_token,
             tl.cdiv(m, BM) * OVERFLOW_TOKENS, padded_rows, group_size, FLUSH > 0, ROWS, OVERFLOW_TOKENS, OVERFLOW_STEP,
-            STAGES, BACKEND,
+            OVERFLOW_STAGES, BACKEND,
         )  # fmt: skip
         _store_partial(partials_ptr, slot, overflow, present, BM)
 
@@ -151,7 +152,7 @@ def _dense_sum(
             inside = tokens < m
             if not EVEN_K:
                 inside = inside & (column + features < k)
-            x = tl.load(x_ptrs + column, mask=inside, other=0.0, eviction_policy="evict_last")
+            x = tl.load(x_ptrs + column, mask=inside, other=0.0, cache_modifier=".ca")
             weight = unpack_slot(words, slot, BITS, DTYPE, BACKEND)
             if FLUSH == 0:
                 total = matrix_product(weight, x, total, BACKEND)
@@ -179,6 +180,8 @@ def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int
     """Compile-time constants of `fused_kernel` for a bucket of `tokens` tokens."""
     block = geometry.block_columns
     group_size = geometry.in_features // groups
+    gathered = max(tokens, 16)  # of tokens, by the overflow part: what a matrix instruction takes
+    step = 16 if tokens == 1 else min(4, OVERFLOW_FEATURES // (config.rows * gathered))
     return {
         "BITS": geometry.bits,
         "BLOCK_COLUMNS": block,
@@ -189,8 +192,9 @@ def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int
         "ONE_TILE": tokens < BUCKETS[-1],  # of tokens
         "STORED_M": tokens,
         "SHARES_STEP": max(1, min(32, SUM_ELEMENTS // (config.rows * tokens))),
-        "OVERFLOW_TOKENS": max(tokens, 16),
-        "OVERFLOW_STEP": 16 if tokens == 1 else 4,
+        "OVERFLOW_TOKENS": gathered,
+        "OVERFLOW_STEP": step,
+        "OVERFLOW_STAGES": min(config.stages, 1 + OVERFLOW_FEATURES // (config.rows * gathered * step)),
         "DEPENDENT": tokens > 1 and target.overlaps_launches,
         "STAGES": config.stages,
         "BACKEND": target.backend,

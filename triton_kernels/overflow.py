@@ -65,7 +65,8 @@ def overflow_product(
             entries_ptr, scales_ptr, index + (step + PAIRS), end, segment, rows, padded_rows, group_size, GROUPED
         )
         column = tl.join(low_column, high_column).reshape(BLOCKS, 16 * STEP)
-        x = tl.load(xt_ptr + (column * token_stride)[:, :, None] + tokens, eviction_policy="evict_last")
+        x_ptrs = xt_ptr + (column * token_stride)[:, :, None] + tokens
+        x = tl.load(x_ptrs, cache_modifier=".ca")
         low_rounded = round_to(low, x.dtype, BACKEND)
         high_rounded = round_to(high, x.dtype, BACKEND)
         total = matrix_product(_blocks(low_rounded, high_rounded, mask), x, total, BACKEND)
