@@ -15,13 +15,13 @@ from vllm_babai.triton_kernels.unpack import round_to
 COLUMNS = 64  # of x, of a program
 
 
-@triton.jit(do_not_specialize=["m", "stride"])
+@triton.jit(do_not_specialize=["m", "tiles"])
 def transpose_kernel(
     x_ptr,  # [m, k]
-    xt_ptr,  # [k, stride]
+    xt_ptr,  # [k, tiles · TOKENS]
     m,
     k,
-    stride,
+    tiles,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -36,7 +36,8 @@ def transpose_kernel(
     x = tl.load(x_ptr + tokens[:, None] * k + columns[None, :], mask=inside, other=0.0)
     if x.dtype != xt_ptr.dtype.element_ty:
         x = round_to(x.to(tl.float32), xt_ptr.dtype.element_ty, BACKEND)
-    tl.store(xt_ptr + columns[:, None] * stride + tokens[None, :], tl.trans(x), mask=(columns < k)[:, None])
+    xt_ptrs = xt_ptr + columns[:, None] * (tiles * TOKENS) + tokens[None, :]
+    tl.store(xt_ptrs, tl.trans(x), mask=(columns < k)[:, None])
 
 
 def transpose(x: Tensor, tokens: int, dtype: torch.dtype, target: Target) -> Tensor:
@@ -49,7 +50,7 @@ def transpose(x: Tensor, tokens: int, dtype: torch.dtype, target: Target) -> Ten
         transposed,
         m,
         k,
-        tiles * tokens,
+        tiles,
         TOKENS=tokens,
         COLUMNS=COLUMNS,
         DEPENDENT=target.overlaps_launches,
