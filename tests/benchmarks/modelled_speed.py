@@ -19,7 +19,7 @@ from vllm_babai.triton_kernels.coded import MAX_TOKENS
 
 GATE = json.loads((Path(__file__).parents[1] / "kernels" / "gate.json").read_text())["architectures"]
 BANDWIDTH, ISSUE = 0.85, 0.7  # assumed; integer instructions, most of ours, are issued at half the rate of others
-OVERFLOW_INSTRUCTIONS = {1: 30, 16: 120}  # per entry, from the fused kernel's machine code; a third of the lanes idle
+OVERFLOW_INSTRUCTIONS = {1: 35, 16: 90}  # per entry, from the fused kernel's machine code; a third of the lanes idle
 STEP_CYCLES = 300  # assumed; from one integer of a lane to its next are two loads and some 20 dependent instructions
 DISK, PCIE, CORES = 1e9, 25e9, 8  # bytes per second, of PCIe 4.0 x16; CPU cores
 PACKED_RATE, CODED_RATE = 400e6, 550e6  # weights per second and core: load_time.py, without AVX-512
@@ -81,7 +81,7 @@ def bf16_seconds(gpu: GPU, _: Format, weights: int, tokens: int) -> float:
 
 
 def fused_seconds(gpu: GPU, form: Format, weights: int, tokens: int) -> float:
-    """The kernel for dense + sparse. For 16 tokens the gate has sm_90 alone; the others are as long."""
+    """The kernel for dense + sparse. For 16 tokens the gate has sm_90 alone; the others are about as long."""
     case = f"{form.bits} bits, {tokens} token{'s' if tokens > 1 else ''}"
     dense = GATE[gpu.architecture].get(case, GATE["sm_90"][case])["instructions_per_weight"]
     issued = gpu.issue((dense + form.overflow * OVERFLOW_INSTRUCTIONS[tokens]) * weights)
