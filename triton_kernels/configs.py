@@ -35,8 +35,8 @@ class Config:
 
     @property
     def grouped(self) -> "Config":
-        """For several scales a row, which take a second set of sums: half the rows, so that registers suffice."""
-        return replace(self, rows=min(self.rows, 64))
+        """For several scales a row, which take a second set of sums: so few rows a warp that registers suffice."""
+        return replace(self, rows=min(self.rows, 64), warps=max(self.warps, 2))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def overflow_product(
     STEP entries of each of 16 rows are the blocks of a block-diagonal matrix [16, 16 · STEP], which a matrix
     instruction multiplies with the features at their columns [16 · STEP, TOKENS]. `diagonal_ptr` has the mask that
     blanks the other blocks, int32 [16, 16]: what is loaded, unlike what is computed, Triton brings straight into the
-    layout of an operand, without going through shared memory.
+    layout of an operand, without going through shared memory. An infinite feature makes its token's sums NaN.
     """
     BLOCKS: tl.constexpr = ROWS // 16
     PAIRS: tl.constexpr = STEP // 2  # of entries, of a row

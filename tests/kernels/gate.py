@@ -186,12 +186,18 @@ def gate(architecture: str) -> dict[str, dict[str, float]]:
 
 def coded_gate(architecture: str, backend: str) -> dict[str, dict[str, float]]:
     """Case → measures of the kernels that decode; a turn of their innermost loop takes an integer in every lane."""
-    common = {"GROUPED": False, "BACKEND": backend}
-    chosen = {"decode coded": (decode_kernel, {"DEQUANTIZE": True})}
+    chosen = {
+        "decode coded": (decode_kernel, {"DEQUANTIZE": True, "GROUPED": False}),
+        "decode coded, groups": (decode_kernel, {"DEQUANTIZE": True, "GROUPED": True}),
+        "multiply coded, groups": (multiply_kernel, {"TOKENS": 1, "GROUPED": True}),
+    }
     for tokens in (1, MAX_TOKENS):
-        chosen[f"multiply coded, {tokens} token{'s' if tokens > 1 else ''}"] = (multiply_kernel, {"TOKENS": tokens})
+        name = f"multiply coded, {tokens} token{'s' if tokens > 1 else ''}"
+        chosen[name] = (multiply_kernel, {"TOKENS": tokens, "GROUPED": False})
     return {
-        name: measure(compile_kernel(kernel, CODED_TYPES, common | constants, architecture, 1), WARP.value)
+        name: measure(
+            compile_kernel(kernel, CODED_TYPES, {"BACKEND": backend} | constants, architecture, 1), WARP.value
+        )
         for name, (kernel, constants) in chosen.items()
     }
 
