@@ -129,7 +129,7 @@ def _count(pattern: str, code: list[str]) -> int:
 def _main_loop(code: list[str]) -> list[str]:
     """The instructions of the loop (code up to a backward branch) with most matrix products; of those the innermost.
 
-    Loops that convert integers do not count: the overflow part's products are not the main ones.
+    Loops that convert integers do not count (but for the reciprocal in a division): those are of the overflow part.
     """
     labels, instructions, loops = {}, [], []
     for line in code:
@@ -144,7 +144,7 @@ def _main_loop(code: list[str]) -> list[str]:
                 loops.append(loop)
 
     def products(loop: list[str]) -> int:
-        return 0 if _count(r"\bI2F", loop) else _count(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", loop)
+        return 0 if _count(r"\bI2F(?!\S*RP)", loop) else _count(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", loop)
 
     return max(loops, key=lambda loop: (products(loop), -len(loop)))
 
