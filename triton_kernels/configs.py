@@ -33,10 +33,9 @@ class Config:
         if self.rows < SMALLEST_ROWS or ROW_ALIGNMENT % self.rows:
             raise ValueError(f"configuration of {self.rows} rows; they must be {SMALLEST_ROWS}, 64 or {ROW_ALIGNMENT}")
 
-    @property
-    def grouped(self) -> "Config":
-        """For several scales a row, which take a second set of sums: so few rows a warp that registers suffice."""
-        return replace(self, rows=min(self.rows, 64), warps=max(self.warps, 2))
+    def for_groups(self, groups: int) -> "Config":
+        """For so many scales a row; several take a second set of sums: so few rows a warp that registers suffice."""
+        return self if groups == 1 else replace(self, rows=min(self.rows, 64), warps=max(self.warps, 2))
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,14 @@ class Target:
     processors: int
 
     @property
+    def capability(self) -> int:
+        """Compute capability of an NVIDIA GPU: 90 for sm_90."""
+        return int(self.architecture[3:])
+
+    @property
     def overlaps_launches(self) -> bool:
         """Whether a kernel may start before the one before it has ended: CUDA's programmatic dependent launch."""
-        return self.backend == "cuda" and int(self.architecture[3:]) >= 90
+        return self.backend == "cuda" and self.capability >= 90
 
     @classmethod
     @cache
@@ -124,8 +128,7 @@ def table_for(target: Target) -> Table:
     if target.backend == "hip":
         return Table.read(FOLDER / "gfx942.json")
     known = sorted(int(path.stem[3:]) for path in FOLDER.glob("sm_*.json"))
-    capability = int(target.architecture[3:])
-    nearest = max((version for version in known if version <= capability), default=known[0])
+    nearest = max((version for version in known if version <= target.capability), default=known[0])
     return Table.read(FOLDER / f"sm_{nearest}.json")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm_babai.format import integer_range
 from vllm_babai.layout import DeviceLayout
 from vllm_babai.triton_kernels.layout import TILE_ROWS, Geometry
+from vllm_babai.triton_kernels.overflow import load_entry
 from vllm_babai.triton_kernels.unpack import load_words, round_to, unpack_slot
 
 WORKSPACE = 1 << 27  # weights
@@ -85,9 +86,7 @@ def overflow_kernel(
     total = tl.zeros((64,), tl.int32)
     for _ in range(tl.max(end - index, 0)):
         inside = index < end
-        entry = tl.load(entries_ptr + index, mask=inside, other=0).to(tl.int32)
-        column = segment * 2048 + (entry & 2047)
-        excess = entry >> 11
+        excess, column = load_entry(entries_ptr, index, inside, segment)
         total = tl.where(column == previous, total, tl.where(excess > 0, HIGH, LOW)) + excess
         group = column // group_size if GROUPED else 0
         scale = tl.load(scales_ptr + group * padded_rows + rows, mask=inside, other=0.0).to(tl.float32)

@@ -38,7 +38,7 @@ def _multiply(x: Tensor, layout: DeviceLayout, geometry: Geometry) -> Tensor:
         return multiply_dequantized(x, layout, geometry, target.backend)
     tokens = bucket(m)
     config = table.lookup(geometry.bits, tokens, geometry.out_features, geometry.in_features)
-    return multiply_fused(x, layout, geometry, config.grouped if len(layout.scales) > 1 else config, tokens, target)
+    return multiply_fused(x, layout, geometry, config.for_groups(len(layout.scales)), tokens, target)
 
 
 def warm_up(layout: DeviceLayout, bits: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:

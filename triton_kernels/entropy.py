@@ -69,7 +69,8 @@ def decode_kernel(
     out_row = out_ptr + rows[0].to(tl.int64) * columns
     for row in range(rows[0], rows[1]):
         row_class = tl.load(row_class_ptr + row).to(tl.int32)
-        row_scale = tl.load(scales_ptr + row * groups)
+        if not GROUPED:
+            scale = tl.load(scales_ptr + row * groups)
         for start in range(0, tile[1], code[0]):
             inside = lane < tl.minimum(tile[1] - start, code[0])
             context = row_class + tl.load(column_class_ptr + tile[2] + start + lane, mask=inside, other=0).to(tl.int32)
@@ -81,8 +82,6 @@ def decode_kernel(
             if DEQUANTIZE:
                 if GROUPED:
                     scale = tl.load(scales_ptr + row * groups + column // group_size, mask=held, other=0)
-                else:
-                    scale = row_scale
                 value = round_to(integer.to(tl.float32) * scale, out_ptr.dtype.element_ty, BACKEND)
                 tl.store(out_row + column, value, mask=held)
             else:

@@ -1,8 +1,9 @@
-"""y = x Wᵀ for few tokens, straight from the packed weights: dense and overflow part in one launch.
+"""y = x Wᵀ for few tokens, straight from the packed weights: dense and overflow part at once.
 
 A program is one share of an output tile [ROWS, BM]: either a run of column blocks of the dense part, or one segment of
 the overflow. Every share is written to a buffer of partial sums, and the program that arrives last at a tile's counter
-adds them up in a fixed order: one launch, no output to clear, no float atomics, the same result every time.
+adds them up in a fixed order: no output to clear, no float atomics, the same result every time. For several tokens a
+small launch goes before, that transposes x for the overflow part.
 Weights are the wide operand of the matrix product and tokens the narrow one, so that one token wastes little.
 """
 

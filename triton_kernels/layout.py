@@ -30,7 +30,7 @@ SLOT = 2 * PAIRS
 ROW_ALIGNMENT = 128
 SEGMENT_BITS = 11
 SEGMENT = 1 << SEGMENT_BITS
-DIAGONAL = 16
+DIAGONAL = 16  # rows of the mask in `offsets`: of a matrix instruction
 SMALLEST_ROWS = 32  # of an output tile of the fused kernel
 MAX_M_TILES = 8
 

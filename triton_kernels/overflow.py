@@ -81,6 +81,13 @@ def overflow_product(
 
 
 @triton.jit
+def load_entry(entries_ptr, index, inside, segment):
+    """Excess and column, int32, of the entries at `index`; 0 and the segment's first column where not `inside`."""
+    entry = tl.load(entries_ptr + index, mask=inside, other=0).to(tl.int32)
+    return entry >> 11, segment * 2048 + (entry & 2047)
+
+
+@triton.jit
 def _entry(
     entries_ptr, scales_ptr, index, end, segment, rows, padded_rows, group_size, GROUPED: tl.constexpr
 ):  # fmt: skip
@@ -89,9 +96,8 @@ def _entry(
     The value is the excess, times its scale if a row has several.
     """
     inside = index < end
-    entry = tl.load(entries_ptr + index, mask=inside, other=0).to(tl.int32)
-    column = segment * 2048 + (entry & 2047)
-    value = (entry >> 11).to(tl.float32)
+    excess, column = load_entry(entries_ptr, index, inside, segment)
+    value = excess.to(tl.float32)
     if GROUPED:
         scale_ptrs = scales_ptr + column // group_size * padded_rows + rows
         value *= tl.load(scale_ptrs, mask=inside, other=0.0).to(tl.float32)

@@ -169,7 +169,7 @@ def gate(architecture: str) -> dict[str, dict[str, float]]:
     results = {}
     for name, (bits, tokens, groups, dtype) in cases(architecture).items():
         geometry = Geometry(bits, 4096, 4096)
-        config = table.lookup(bits, tokens, 4096, 4096)
+        config = table.lookup(bits, tokens, 4096, 4096).for_groups(groups)
         constants = fused_constants(geometry, config, groups, tokens, target)
         compiled = compile_kernel(fused_kernel, dense_types(dtype), constants, architecture, config.warps)
         results[name] = measure(compiled, config.rows * geometry.block_columns)

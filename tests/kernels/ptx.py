@@ -56,8 +56,8 @@ def parse(ptx: str) -> Program:
         match = re.match(r"[{} ]*(?:@(!?[\w%]+) )?([a-z]\w*)([\w.:]*) ?(.*)", text)
         if match:
             guard, name, modifiers, operands = match.groups(default="")
-            words = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", operands)
-            instructions.append(Instruction(text, guard, name, tuple(modifiers.split(".")[1:]), tuple(words)))
+            parts = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", operands)
+            instructions.append(Instruction(text, guard, name, tuple(modifiers.split(".")[1:]), tuple(parts)))
     return Program(instructions, labels)
 
 

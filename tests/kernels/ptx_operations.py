@@ -285,10 +285,10 @@ def _group_matrix_product(block: Block, one: Instruction, active: Mask) -> None:
     kind, columns = one.modifiers[-1], len(words(target)) * 2
     fields = int(block.bits(descriptor)[0])
     start, stride, swizzle = (fields & 0x3FFF) << 4, (fields >> 32 & 0x3FFF) << 4, fields >> 62
-    length = {0: 16, 1: 128, 2: 64, 3: 32}[swizzle]  # bytes of one column, side by side
-    column, row = np.arange(columns)[:, None], np.arange(16)[None, :]
     if swizzle == 0:
         raise Fault("wgmma without swizzling is not implemented")
+    length = 256 >> swizzle  # bytes of one column, side by side
+    column, row = np.arange(columns)[:, None], np.arange(16)[None, :]
     address = start + column // 8 * stride + column % 8 * length + 2 * row
     address ^= (address >> 7 & (length // 16 - 1)) << 4
     places = block.shared.places(address.reshape(-1).astype(np.uint64), 2)
