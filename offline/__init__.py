@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.errors import QuantizationError
 
 if TYPE_CHECKING:
     from vllm_babai.offline.options import QuantizeOptions

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from vllm_babai.offline.evaluate import Evaluation
-    from vllm_babai.offline.tasks import Score
+    from vllm_babai.offline.tools.evaluate import Evaluation
+    from vllm_babai.offline.tools.tasks import Score
 
 app = typer.Typer(help="Lattice quantization of large language models.", no_args_is_help=True, add_completion=False)
 
@@ -64,8 +64,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a checkpoint that `vllm serve OUT --quantization babai` serves."""
     from vllm_babai.offline.options import QuantizeOptions
-    from vllm_babai.offline.output import REPORT
     from vllm_babai.offline.pipeline import quantize as run
+    from vllm_babai.offline.run_folder import REPORT
 
     options = QuantizeOptions(
         format=format,
@@ -103,12 +103,12 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a quantized folder holds, layer by layer; everything stored is decoded and checked."""
-    from vllm_babai.offline.inspection import inspect as look
-    from vllm_babai.offline.inspection import integer_counts
+    from vllm_babai.offline.tools.inspect import inspect as look
+    from vllm_babai.offline.tools.inspect import integer_counts
 
     found = look(folder)
     if plot is not None:
-        from vllm_babai.offline.plots import plot_integers
+        from vllm_babai.offline.tools.plots import plot_integers
 
         plot_integers(integer_counts(folder), plot)
     if as_json:
@@ -142,7 +142,7 @@ def predict(
 ) -> None:
     """Say what MODEL will be like at a size, and where its bits go, without quantizing it."""
     from vllm_babai.offline.options import QuantizeOptions
-    from vllm_babai.offline.predict import predict as run
+    from vllm_babai.offline.tools.predict import predict as run
 
     options = QuantizeOptions(calibration=calibration, samples=samples, sequence_length=sequence_length)
     goal = (
@@ -152,7 +152,7 @@ def predict(
     )
     found = run(model, goal)
     if plot is not None:
-        from vllm_babai.offline.plots import plot_tradeoff
+        from vllm_babai.offline.tools.plots import plot_tradeoff
 
         plot_tradeoff(found.curves, (found.rate, found.loss), plot)
     if as_json:
@@ -184,9 +184,9 @@ def eval(
     as_json: Json = False,
 ) -> None:
     """Perplexity of a model on a text, or its scores in tasks; with --against also how far it is from the original."""
-    from vllm_babai.offline.errors import QuantizationError
-    from vllm_babai.offline.evaluate import evaluate
-    from vllm_babai.offline.tasks import run_tasks
+    from vllm_babai.errors import QuantizationError
+    from vllm_babai.offline.tools.evaluate import evaluate
+    from vllm_babai.offline.tools.tasks import run_tasks
 
     if data is None and tasks is None:
         raise QuantizationError("nothing to measure: give a text by --data, or --tasks")
@@ -239,8 +239,9 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a quantized folder: to the other format, the same lattice points, or to an ordinary dense checkpoint."""
-    from vllm_babai.offline.checkpoint import open_checkpoint, torch_dtype
-    from vllm_babai.offline.convert import convert as run
+    from vllm_babai.offline.model.checkpoint import open_checkpoint
+    from vllm_babai.offline.options import torch_dtype
+    from vllm_babai.offline.tools.convert import convert as run
 
     folder = run(source, out, to, torch_dtype(dtype), overwrite=overwrite)
     typer.echo(f"{folder}: {to}, {open_checkpoint(folder).bytes() / 1e6:.1f} MB")
@@ -254,12 +255,12 @@ def tune(
     ] = None,
 ) -> None:
     """Measure which kernel configurations are fastest on this GPU, and write its table; an interrupted run goes on."""
-    from vllm_babai.offline.errors import QuantizationError
+    from vllm_babai.errors import QuantizationError
 
     if not torch.cuda.is_available():
         raise QuantizationError("babai tune measures a GPU, and there is none here")
     from vllm_babai.triton_kernels.configs import FOLDER
-    from vllm_babai.triton_kernels.tune import tune as run
+    from vllm_babai.triton_kernels.tuning.tune import tune as run
 
     with _resumable("the same command goes on where it stopped"):
         path = run(device, out)
@@ -278,7 +279,7 @@ def _resumable(advice: str) -> Iterator[None]:
 
 def main() -> None:
     """Run the command; what the user can mend is shown without a traceback."""
-    from vllm_babai.offline.errors import QuantizationError
+    from vllm_babai.errors import QuantizationError
 
     torch.set_float32_matmul_precision("highest")
     try:

@@ -6,11 +6,10 @@ from typing import Any, Literal
 
 import torch
 
+from vllm_babai.errors import QuantizationError
 from vllm_babai.format import BIT_WIDTHS
 from vllm_babai.format.config import GROUP_SIZES
-from vllm_babai.offline.checkpoint import torch_dtype
-from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.offline.factor import ORDERS, Order
+from vllm_babai.offline.solver.factor import ORDERS, Order
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,14 @@ class QuantizeOptions:
     def ignores(self, linear: str) -> bool:
         """Whether the linear with this full name stays as it is."""
         return any(re.search(pattern, linear) for pattern in self.ignore)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch.bfloat16 for 'bfloat16'. Raises QuantizationError for anything that is not a floating point dtype."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise QuantizationError(f"--dtype {name} is not a floating point type: use float32, bfloat16 or float16")
+    return dtype
 
 
 def _check(option: str, holds: bool, wanted: str, value: object) -> None:

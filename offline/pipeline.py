@@ -8,23 +8,23 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from vllm_babai.errors import QuantizationError
 from vllm_babai.format import FORMATS, CheckpointConfig
-from vllm_babai.offline.budget import Budget
-from vllm_babai.offline.calibration import calibration_tokens, load_tokenizer
-from vllm_babai.offline.capture import advance, hessians, seen_by, shared_inputs
-from vllm_babai.offline.checkpoint import open_checkpoint
-from vllm_babai.offline.column_steps import choose_column_steps
-from vllm_babai.offline.drift import Drift, corrected, moments
-from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.offline.factor import Factor, factorize
-from vllm_babai.offline.lattice import Lattice
-from vllm_babai.offline.layer import LayerReport, QuantizedLinear, quantize_hptq, quantize_ssqr
+from vllm_babai.offline.model.calibration import calibration_tokens, load_tokenizer
+from vllm_babai.offline.model.capture import advance, hessians, moments, seen_by, shared_inputs
+from vllm_babai.offline.model.checkpoint import open_checkpoint
+from vllm_babai.offline.model.streamed import StreamedModel, open_streamed
 from vllm_babai.offline.options import QuantizeOptions
-from vllm_babai.offline.output import PartialOutput, open_output
-from vllm_babai.offline.plan import PlannedLinear, forecast_model, make_plan
-from vllm_babai.offline.progress import counting_progress
-from vllm_babai.offline.sensitivity import Sensitivity, measure_sensitivity
-from vllm_babai.offline.streamed_model import StreamedModel, open_streamed
+from vllm_babai.offline.plan.budget import Budget
+from vllm_babai.offline.plan.plan import PlannedLinear, forecast_model, make_plan
+from vllm_babai.offline.plan.sensitivity import Sensitivity, measure_sensitivity
+from vllm_babai.offline.run_folder import PartialOutput, open_output
+from vllm_babai.offline.scales.column_steps import choose_column_steps
+from vllm_babai.offline.scales.linear import LayerReport, QuantizedLinear, quantize_hptq, quantize_ssqr
+from vllm_babai.offline.solver.drift import Drift, corrected
+from vllm_babai.offline.solver.factor import Factor, factorize
+from vllm_babai.offline.solver.lattice import Lattice
+from vllm_babai.progress import counting_progress
 
 
 def quantize(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_babai.coded import CodedTensors, multiply_decoded
+from vllm_babai.ops.coded import CodedTensors, multiply_decoded
 from vllm_babai.triton_kernels.configs import Target
 from vllm_babai.triton_kernels.entropy import WARP, decode, decode_step, load_segment
 

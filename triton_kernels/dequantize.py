@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_babai.format import integer_range
-from vllm_babai.layout import DeviceLayout
+from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels.layout import TILE_ROWS, Geometry
 from vllm_babai.triton_kernels.overflow import load_entry
 from vllm_babai.triton_kernels.unpack import load_words, round_to, unpack_slot

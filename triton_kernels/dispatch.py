@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vllm_babai.layout import DeviceLayout
+from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels.configs import BUCKETS, Target, bucket, table_for
 from vllm_babai.triton_kernels.dequantize import multiply_dequantized
 from vllm_babai.triton_kernels.fused import multiply_fused

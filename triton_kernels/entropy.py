@@ -1,6 +1,6 @@
 """Decode HPTQ's rANS streams on a GPU: one warp per segment, one lane of the code per thread.
 
-See `vllm_babai.format.rans` for the code. Lanes that take words from the stream in the same step find theirs by
+See `vllm_babai.format.entropy.rans` for the code. Lanes that take words from the stream in the same step find theirs by
 counting the lanes before them: a vote and a population count on NVIDIA, a prefix sum elsewhere.
 """
 
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_babai.coded import CodedTensors
-from vllm_babai.format.segments import FIELDS
-from vllm_babai.format.tables import CENTRE, ESCAPE, PRECISION
+from vllm_babai.format.entropy.segments import FIELDS
+from vllm_babai.format.entropy.tables import CENTRE, ESCAPE, PRECISION
+from vllm_babai.ops.coded import CodedTensors
 from vllm_babai.triton_kernels.configs import Target
 from vllm_babai.triton_kernels.unpack import round_to
 
@@ -91,7 +91,7 @@ def decode_kernel(
 
 @triton.jit
 def load_segment(words_ptr, segments_ptr, states_ptr, index):
-    """A segment, see `vllm_babai.format.segments`.
+    """A segment, see `vllm_babai.format.entropy.segments`.
 
     Its stream; state of every lane, uint32; (first row, row behind the last); (first column, columns, where the first
     one's class is, segments to the left); (lanes, shift, integer of symbol 0).

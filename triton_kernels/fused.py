@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_babai.layout import DeviceLayout
+from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels.configs import BUCKETS, Config, Target
 from vllm_babai.triton_kernels.layout import SLOT, Geometry
 from vllm_babai.triton_kernels.overflow import overflow_product, overflow_sum

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vllm_babai.format import FormatError, Overflow, integer_range, unpack
-from vllm_babai.layout import DeviceLayout
+from vllm_babai.ops.layout import DeviceLayout
 
 TILE_ROWS = 64
 PAIRS = 16

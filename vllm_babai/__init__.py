@@ -8,6 +8,6 @@ __version__ = "0.1.0"
 
 def register() -> None:
     """Make the quantization method ``babai`` known to vLLM (entry point ``vllm.general_plugins``). Idempotent."""
-    from vllm_babai.config import register_config
+    from vllm_babai.plugin.config import register_config
 
     register_config()

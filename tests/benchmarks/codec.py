@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vllm_babai.format.hptq import decode_integers as decode_coded
-from vllm_babai.format.hptq import encode_integers, predicted_bytes, read_blob
+from vllm_babai.format.entropy.hptq import decode_integers as decode_coded
+from vllm_babai.format.entropy.hptq import encode_integers, predicted_bytes, read_blob
 
 RATES = (2.0, 3.0, 4.0)
 REPEATS = 5

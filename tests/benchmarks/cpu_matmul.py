@@ -22,8 +22,8 @@ from vllm import _custom_ops as vllm_ops
 from vllm.model_executor.layers.quantization.utils.quant_utils import pack_quantized_values_into_int32
 from vllm.scalar_type import scalar_types
 
-from vllm_babai import ops
 from vllm_babai.format import BIT_WIDTHS, SSQR, LatticeWeight, decode_overflow, integer_range
+from vllm_babai.ops import matmul as ops
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # out, in
 OVERFLOW = 0.01

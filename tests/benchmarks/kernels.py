@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vllm_babai.layout import DeviceLayout
+from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels import matmul
-from vllm_babai.triton_kernels.bench import random_layout
 from vllm_babai.triton_kernels.configs import Target, file_name
 from vllm_babai.triton_kernels.dequantize import dequantize
 from vllm_babai.triton_kernels.layout import Geometry
-from vllm_babai.triton_kernels.timing import copies_needed, copy_bandwidth, seconds_per_call
+from vllm_babai.triton_kernels.tuning.bench import random_layout
+from vllm_babai.triton_kernels.tuning.timing import copies_needed, copy_bandwidth, seconds_per_call
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

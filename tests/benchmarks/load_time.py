@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from vllm_babai.coded import CodedTensors, coded_tensors
 from vllm_babai.format import HPTQ, LatticeWeight, LayerScheme
-from vllm_babai.reader import RankWeight, StoredLinear, Window, pack_windows, read_hptq, segment_windows
+from vllm_babai.ops.coded import CodedTensors, coded_tensors
+from vllm_babai.plugin.reader import RankWeight, StoredLinear, Window, pack_windows, read_hptq, segment_windows
 from vllm_babai.triton_kernels import device_layout
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))

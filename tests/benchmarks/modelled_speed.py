@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from vllm_babai.format.hptq import MAX_LANES
-from vllm_babai.format.segments import SEGMENT_WEIGHTS
+from vllm_babai.format.entropy.hptq import MAX_LANES
+from vllm_babai.format.entropy.segments import SEGMENT_WEIGHTS
 from vllm_babai.triton_kernels.coded import MAX_TOKENS
 
 GATE = json.loads((Path(__file__).parents[1] / "kernels" / "gate.json").read_text())["architectures"]

@@ -19,8 +19,8 @@ from unittest.mock import patch
 import matplotlib
 
 from vllm_babai.offline import QuantizeOptions, quantize
-from vllm_babai.offline.evaluate import evaluate
-from vllm_babai.offline.output import REPORT
+from vllm_babai.offline.run_folder import REPORT
+from vllm_babai.offline.tools.evaluate import evaluate
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 RATES = (2.1, 2.6, 3.1, 3.6, 4.1)
 WIDTHS = (2, 3, 4)
 PLAIN: dict[str, Any] = {"sensitivity": False, "drift": False, "column_steps": False, "paths": 1}
-CODE_UNAWARE = {"vllm_babai.offline.hptq.RELATIVE_PRICE": 0.0}
+CODE_UNAWARE = {"vllm_babai.offline.scales.hptq.RELATIVE_PRICE": 0.0}
 
 # Other tools on the same model, texts and windows: bits per weight, loss in nats. README: "Quality".
 PEERS = {

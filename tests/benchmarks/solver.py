@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_babai.offline.factor import ORDERS, Factor, Order, factorize
-from vllm_babai.offline.lattice import Lattice
-from vllm_babai.offline.nearest_plane import nearest_plane
-from vllm_babai.offline.ssqr import search_overflow
+from vllm_babai.offline.scales.ssqr import search_overflow
+from vllm_babai.offline.solver.factor import ORDERS, Factor, Order, factorize
+from vllm_babai.offline.solver.lattice import Lattice
+from vllm_babai.offline.solver.nearest_plane import nearest_plane
 
 DAMPING = 0.01
 BLOCK = 128

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_babai.format import SSQR, LatticeWeight, decode_overflow, integer_range
-from vllm_babai.layout import DeviceLayout
+from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels import dequantize as dequantization
 from vllm_babai.triton_kernels import device_layout, dispatch, matmul, warm_up
 from vllm_babai.triton_kernels.configs import BUCKETS, Target

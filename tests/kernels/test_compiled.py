@@ -1,4 +1,4 @@
-"""The kernels as they are compiled for NVIDIA GPUs, run instruction by instruction on the CPU (`ptx_operations.py`).
+"""The kernels as they are compiled for NVIDIA GPUs, run instruction by instruction on the CPU (`emulator`).
 
 What the interpreter cannot see: inline assembly, layouts of matrix operands, asynchronous copies, constants that are
 compiled in. Without blocks side by side, though, and without caches.
@@ -7,10 +7,10 @@ compiled in. Without blocks side by side, though, and without caches.
 import numpy as np
 import pytest
 import torch
-from compiled import Compiled
+from emulator.compiled import Compiled
+from emulator.operations import run
+from emulator.ptx import Fault, Memory, Shape, parse
 from interpreted import check, layout_of, random_weight
-from ptx import Fault, Memory, Shape, parse
-from ptx_operations import run
 from test_hptq_decode import check_decoder, small_segments
 
 from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, matmul, transpose

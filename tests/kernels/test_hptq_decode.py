@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from vllm_babai.coded import coded_tensors
-from vllm_babai.format import LatticeWeight, hptq, segments
+from vllm_babai.format import LatticeWeight
+from vllm_babai.format.entropy import hptq, segments
+from vllm_babai.ops.coded import coded_tensors
 from vllm_babai.triton_kernels.coded import multiply_coded
 from vllm_babai.triton_kernels.entropy import decode
 

@@ -20,14 +20,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
 
+from vllm_babai.errors import QuantizationError
 from vllm_babai.offline import cli
-from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.triton_kernels import bench, tune
-from vllm_babai.triton_kernels.bench import Bench, launchable
 from vllm_babai.triton_kernels.configs import BUCKETS, Config, Entry, Table, Target, table_for
 from vllm_babai.triton_kernels.fused import fused_kernel, multiply_fused
 from vllm_babai.triton_kernels.layout import MAX_M_TILES, Geometry
-from vllm_babai.triton_kernels.search import PROGRAMS, kernels, search
+from vllm_babai.triton_kernels.tuning import bench, tune
+from vllm_babai.triton_kernels.tuning.bench import Bench, launchable
+from vllm_babai.triton_kernels.tuning.search import PROGRAMS, kernels, search
 
 TARGET = Target("cuda", "sm_90", "Stand-in/GPU 9", 132)
 SHAPES = ((1024, 1024), (4096, 4096))

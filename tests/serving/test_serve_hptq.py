@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_babai.format import HPTQ, CheckpointConfig, LatticeWeight, column_factors
-from vllm_babai.offline.convert import convert
+from vllm_babai.offline.tools.convert import convert
 
 MODEL = Path(__file__).parents[2] / "deploy" / "demo" / "stdlib-6m"
 PROMPT = "class Error(Exception):\n    pass\n\n\ndef parse(text, *, strict=False):\n"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_babai.offline.calibration import calibration_tokens, read_texts
-from vllm_babai.offline.errors import QuantizationError
+from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.model.calibration import calibration_tokens, read_texts
 
 TEXTS = ["def first():\n    return 1\n" * 30, "class Second:\n    pass\n" * 30]
 CHAT = [{"role": "user", "content": "What is a lattice?"}, {"role": "assistant", "content": "A grid of points."}]

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
-from vllm_babai.offline.capture import BATCH_TOKENS, advance, batches, hessians, shared_inputs
-from vllm_babai.offline.checkpoint import open_checkpoint
-from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.offline.streamed_model import StreamedModel, open_streamed
+from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.model.capture import BATCH_TOKENS, advance, batches, hessians, shared_inputs
+from vllm_babai.offline.model.checkpoint import open_checkpoint
+from vllm_babai.offline.model.streamed import StreamedModel, open_streamed
 
 TINY = {
     "vocab_size": 4096,

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from vllm_babai.format import column_factors
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
-from vllm_babai.offline.checkpoint import open_checkpoint
-from vllm_babai.offline.column_steps import choose_column_steps, water_filling
-from vllm_babai.offline.convert import convert
-from vllm_babai.offline.dense import dense_tensors, stored_linears
-from vllm_babai.offline.factor import Factor, factorize
-from vllm_babai.offline.inspection import inspect
-from vllm_babai.offline.lattice import Lattice
-from vllm_babai.offline.layer import QuantizedLinear, quantize_hptq
+from vllm_babai.offline.model.checkpoint import open_checkpoint
+from vllm_babai.offline.model.dense import dense_tensors, stored_linears
+from vllm_babai.offline.scales.column_steps import choose_column_steps, water_filling
+from vllm_babai.offline.scales.linear import QuantizedLinear, quantize_hptq
+from vllm_babai.offline.solver.factor import Factor, factorize
+from vllm_babai.offline.solver.lattice import Lattice
+from vllm_babai.offline.tools.convert import convert
+from vllm_babai.offline.tools.inspect import inspect
 
 COLUMNS = 256
 

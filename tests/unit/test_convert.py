@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
-from vllm_babai.offline.checkpoint import open_checkpoint
-from vllm_babai.offline.convert import convert, smallest_width
-from vllm_babai.offline.dense import dense_tensors
+from vllm_babai.offline.model.checkpoint import open_checkpoint
+from vllm_babai.offline.model.dense import dense_tensors
+from vllm_babai.offline.tools.convert import convert, smallest_width
 
 
 @pytest.fixture(scope="module", params=["ssqr", "hptq"])

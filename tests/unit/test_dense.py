@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_babai.format import SSQR
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
-from vllm_babai.offline.checkpoint import open_checkpoint
-from vllm_babai.offline.convert import convert
-from vllm_babai.offline.dense import dense_tensors, load_dense
+from vllm_babai.offline.model.checkpoint import open_checkpoint
+from vllm_babai.offline.model.dense import dense_tensors, load_dense
+from vllm_babai.offline.tools.convert import convert
 
 LINEAR = "model.layers.1.mlp.down_proj"
 

@@ -18,15 +18,15 @@ from transformers import (
     Qwen3Config,
 )
 
+from vllm_babai.errors import QuantizationError
 from vllm_babai.offline import QuantizeOptions, pipeline, quantize
-from vllm_babai.offline import drift as drift_correction
-from vllm_babai.offline.capture import Seen, hessians, seen_by
-from vllm_babai.offline.checkpoint import open_checkpoint
-from vllm_babai.offline.dense import load_dense
-from vllm_babai.offline.drift import Drift, corrected, moments, reliability
-from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.offline.factor import factorize
-from vllm_babai.offline.streamed_model import open_streamed
+from vllm_babai.offline.model.capture import Seen, hessians, moments, seen_by
+from vllm_babai.offline.model.checkpoint import open_checkpoint
+from vllm_babai.offline.model.dense import load_dense
+from vllm_babai.offline.model.streamed import open_streamed
+from vllm_babai.offline.solver import drift as drift_correction
+from vllm_babai.offline.solver.drift import Drift, corrected, reliability
+from vllm_babai.offline.solver.factor import factorize
 
 SEQUENCES, LENGTH, INPUTS, OUTPUTS, DAMPING = 6, 20, 12, 7, 0.02
 

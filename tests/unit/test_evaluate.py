@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
-from vllm_babai.offline.evaluate import evaluate, evaluation_windows
+from vllm_babai.offline.tools.evaluate import evaluate, evaluation_windows
 
 WINDOW = 64
 

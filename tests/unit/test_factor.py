@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.offline.factor import ORDERS, Order, factorize, min_pivot_order
+from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.solver.factor import ORDERS, Order, factorize, min_pivot_order
 
 ALL_ORDERS = sorted(ORDERS)
 

@@ -19,7 +19,7 @@ from vllm_babai.format import (
     integer_range,
     read_header,
 )
-from vllm_babai.format.overflow import HEADER, MAX_EXCESS, TILE_COLUMNS, TILE_ROWS, encode_overflow
+from vllm_babai.format.dense_sparse.overflow import HEADER, MAX_EXCESS, TILE_COLUMNS, TILE_ROWS, encode_overflow
 
 VALUES = st.one_of(
     st.just(st.just(0)),

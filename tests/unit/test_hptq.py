@@ -21,9 +21,9 @@ from vllm_babai.format import (
     column_factors,
     predicted_bytes,
     step_exponents,
-    tables,
 )
-from vllm_babai.format.hptq import decode_integers, read_blob
+from vllm_babai.format.entropy import tables
+from vllm_babai.format.entropy.hptq import decode_integers, read_blob
 
 ONE_SCALE = torch.ones(1, 1, dtype=torch.bfloat16)
 VALUES = st.one_of(

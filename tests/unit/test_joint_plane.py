@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.offline.factor import Factor, factorize
-from vllm_babai.offline.joint_plane import LEAF, RowGeometry, joint_plane, row_geometry
-from vllm_babai.offline.lattice import Lattice
-from vllm_babai.offline.nearest_plane import Rounding, nearest_plane
+from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.solver.factor import Factor, factorize
+from vllm_babai.offline.solver.joint_plane import LEAF, RowGeometry, joint_plane, row_geometry
+from vllm_babai.offline.solver.lattice import Lattice
+from vllm_babai.offline.solver.nearest_plane import Rounding, nearest_plane
 
 
 def covariance(n: int, seed: int) -> Tensor:

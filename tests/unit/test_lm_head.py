@@ -12,16 +12,17 @@ from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
 
 from vllm_babai.format import HPTQ, SSQR, CheckpointConfig
-from vllm_babai.offline import QuantizationError, QuantizeOptions, pipeline, quantize, ssqr
-from vllm_babai.offline import drift as drift_correction
-from vllm_babai.offline.calibration import calibration_tokens
-from vllm_babai.offline.checkpoint import open_checkpoint
-from vllm_babai.offline.convert import convert
-from vllm_babai.offline.dense import load_dense, stored_linears
-from vllm_babai.offline.evaluate import evaluate
-from vllm_babai.offline.inspection import inspect
-from vllm_babai.offline.joint_plane import ROW_DAMPING
-from vllm_babai.offline.layer import LayerReport
+from vllm_babai.offline import QuantizationError, QuantizeOptions, pipeline, quantize
+from vllm_babai.offline.model.calibration import calibration_tokens
+from vllm_babai.offline.model.checkpoint import open_checkpoint
+from vllm_babai.offline.model.dense import load_dense, stored_linears
+from vllm_babai.offline.scales import ssqr
+from vllm_babai.offline.scales.linear import LayerReport
+from vllm_babai.offline.solver import drift as drift_correction
+from vllm_babai.offline.solver.joint_plane import ROW_DAMPING
+from vllm_babai.offline.tools.convert import convert
+from vllm_babai.offline.tools.evaluate import evaluate
+from vllm_babai.offline.tools.inspect import inspect
 
 VOCABULARY = 4100  # no multiple of 64
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.offline.factor import ORDERS, Factor, Order, factorize
-from vllm_babai.offline.nearest_plane import NearestPlane, Rounding, mean_error, nearest_plane, squared_error
+from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.solver.factor import ORDERS, Factor, Order, factorize
+from vllm_babai.offline.solver.nearest_plane import NearestPlane, Rounding, mean_error, nearest_plane, squared_error
 
 
 def random_hessian(n: int, seed: int, condition: float = 1e3) -> Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
-from vllm_babai.offline.inspection import inspect
-from vllm_babai.offline.predict import predict
+from vllm_babai.offline.tools.inspect import inspect
+from vllm_babai.offline.tools.predict import predict
 
 
 @pytest.fixture(scope="module")

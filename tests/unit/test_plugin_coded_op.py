@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_babai import coded, cpu_entropy
-from vllm_babai.coded import CodedTensors, coded_tensors
+from vllm_babai.cpu import entropy as cpu_entropy
 from vllm_babai.format import LatticeWeight
-from vllm_babai.format.hptq import encode_integers, read_blob
-from vllm_babai.format.segments import cut_segments
+from vllm_babai.format.entropy.hptq import encode_integers, read_blob
+from vllm_babai.format.entropy.segments import cut_segments
+from vllm_babai.ops import coded
+from vllm_babai.ops.coded import CodedTensors, coded_tensors
 
 
 def random_weight(rows: int, columns: int, sigma: float = 1.5, groups: int = 1) -> LatticeWeight:

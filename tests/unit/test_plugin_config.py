@@ -12,9 +12,9 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_qu
 from vllm.model_executor.models.utils import WeightsMapper
 
 import vllm_babai
-from vllm_babai.config import BabaiConfig
 from vllm_babai.format import CheckpointConfig, FormatError, LayerScheme
-from vllm_babai.linear import METHODS, BabaiLinearMethod
+from vllm_babai.plugin.config import BabaiConfig
+from vllm_babai.plugin.linear import METHODS, BabaiLinearMethod
 
 LAYER = "model.layers.0.self_attn"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

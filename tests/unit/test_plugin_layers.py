@@ -14,8 +14,8 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_vocabulary
 from vllm.model_executor.layers.linear import LinearBase
 
-from vllm_babai.config import BabaiConfig
 from vllm_babai.format import HPTQ, SSQR, CheckpointConfig, FormatError, LatticeWeight, integer_range
+from vllm_babai.plugin.config import BabaiConfig
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE = 128, 8, 2, 16
 Q_ROWS, KV_ROWS = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_babai import cpu, cpu_loops, ops
-from vllm_babai.cpu_kernel import Bfloat16, has_bfloat16
+from vllm_babai.cpu import backend as cpu
+from vllm_babai.cpu import loops as cpu_loops
+from vllm_babai.cpu.kernel import Bfloat16, has_bfloat16
 from vllm_babai.format import SSQR, LatticeWeight, decode_overflow, integer_range
-from vllm_babai.layout import DeviceLayout
+from vllm_babai.ops import matmul as ops
+from vllm_babai.ops.layout import DeviceLayout
 
 CPU = torch.device("cpu")
 BITS = (2, 3, 4, 5, 8)

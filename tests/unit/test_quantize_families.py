@@ -26,8 +26,8 @@ from transformers import (
 
 from vllm_babai.format import SSQR, CheckpointConfig
 from vllm_babai.offline import QuantizationError, QuantizeOptions, pipeline, quantize
-from vllm_babai.offline.calibration import calibration_tokens
-from vllm_babai.offline.dense import load_dense
+from vllm_babai.offline.model.calibration import calibration_tokens
+from vllm_babai.offline.model.dense import load_dense
 
 SIZES = {
     "vocab_size": 4096,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
-from vllm_babai.offline.evaluate import evaluate
+from vllm_babai.offline.tools.evaluate import evaluate
 
 MEMORY_BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "memory.py"
 BLOCKS = 12

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from vllm_babai.errors import QuantizationError
 from vllm_babai.format import integer_range
-from vllm_babai.offline.errors import QuantizationError
-from vllm_babai.offline.factor import Factor, factorize
-from vllm_babai.offline.lattice import Lattice
-from vllm_babai.offline.layer import QuantizedLinear, quantize_ssqr
-from vllm_babai.offline.nearest_plane import expected_targets, nearest_plane
-from vllm_babai.offline.ssqr import overflow_scales
+from vllm_babai.offline.scales.linear import QuantizedLinear, quantize_ssqr
+from vllm_babai.offline.scales.ssqr import overflow_scales
+from vllm_babai.offline.solver.factor import Factor, factorize
+from vllm_babai.offline.solver.lattice import Lattice
+from vllm_babai.offline.solver.nearest_plane import expected_targets, nearest_plane
 
 
 def random_layer(rows: int = 192, columns: int = 256, seed: int = 0) -> tuple[Tensor, Factor]:

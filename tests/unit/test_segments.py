@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_babai.coded import coded_tensors
-from vllm_babai.cpu_entropy import decode
+from vllm_babai.cpu.entropy import decode
 from vllm_babai.format import FormatError
-from vllm_babai.format.hptq import encode_integers, read_blob
-from vllm_babai.format.segments import MAX_LANES, SEGMENT_WEIGHTS, Segments, cut_segments, stack_segments
+from vllm_babai.format.entropy.hptq import encode_integers, read_blob
+from vllm_babai.format.entropy.segments import MAX_LANES, SEGMENT_WEIGHTS, Segments, cut_segments, stack_segments
+from vllm_babai.ops.coded import coded_tensors
 
 COLUMNS = 2100  # three tiles side by side
 COARSE, FINE = (

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from vllm_babai.offline.checkpoint import open_checkpoint
-from vllm_babai.offline.joint_plane import ROW_DAMPING
-from vllm_babai.offline.sensitivity import ROW_BLOCK, measure_sensitivity
-from vllm_babai.offline.streamed_model import open_streamed
+from vllm_babai.offline.model.checkpoint import open_checkpoint
+from vllm_babai.offline.model.streamed import open_streamed
+from vllm_babai.offline.plan.sensitivity import ROW_BLOCK, measure_sensitivity
+from vllm_babai.offline.solver.joint_plane import ROW_DAMPING
 
 
 @pytest.fixture(scope="module")

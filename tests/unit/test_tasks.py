@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from vllm_babai.offline import QuantizationError
 from vllm_babai.offline.cli import app
-from vllm_babai.offline.tasks import run_tasks
+from vllm_babai.offline.tools.tasks import run_tasks
 
 QUESTIONS = [
     {"text": "import os\n\ndef name(path):\n    return os.path.", "choices": ["join", "zebra"], "answer": 0},

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_babai.format.errors import FormatError
-from vllm_babai.format.packing import BIT_WIDTHS
+from vllm_babai.errors import FormatError
+from vllm_babai.format.lattice import BIT_WIDTHS
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "babai"

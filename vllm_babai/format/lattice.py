@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm_babai.format.steps import column_factors
 
 MAX_INTEGER = 2**15 - 1
+BIT_WIDTHS = (2, 3, 4, 5, 8)  # of dense integers
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""From a checkpoint, dense or quantized, back to dense weights."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers.utils.logging import disable_progress_bar
+
+from vllm_babai.errors import QuantizationError
+from vllm_babai.format import FORMATS, SSQR, CheckpointConfig, FormatError, LatticeWeight, integer_range
+from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
+
+Stored = tuple[str, LatticeWeight, dict[str, Tensor], tuple[int, int] | None]
+
+
+def stored_linears(checkpoint: Checkpoint, names: list[str] | None = None) -> Iterator[Stored]:
+    """Quantized linears of a checkpoint: name, lattice point, stored tensors, and dense range where the format has one.
+
+    names: only linears one of whose tensors is among these. Raises QuantizationError that names a linear whose stored
+    form is corrupt or incomplete.
+    """
+    raw = checkpoint.config().get("quantization_config")
+    if raw is None:
+        return
+    try:
+        form = FORMATS[CheckpointConfig.from_dict(raw).format]
+    except (FormatError, KeyError) as error:
+        raise QuantizationError(f"{checkpoint.folder}: its quantization_config cannot be read: {error}") from error
+    first, *_ = keys = tuple(field.name for field in fields(form))
+    for name in sorted(checkpoint.files) if names is None else names:
+        linear, _, key = name.rpartition(".")
+        if key == first:
+            parts = {key: checkpoint.read(f"{linear}.{key}") for key in keys}
+            stored = form(**parts)
+            try:
+                dense_range = integer_range(stored.bits) if isinstance(stored, SSQR) else None
+                yield linear, stored.decode(), parts, dense_range
+            except FormatError as error:
+                raise QuantizationError(f"{linear}: {error}") from error
+
+
+def dense_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor of the dense model; quantized linears are dequantized exactly, in float32.
+
+    names: only tensors stored under these names. Raises QuantizationError like `stored_linears`.
+    """
+    names = sorted(checkpoint.files) if names is None else names
+    replaced = set()
+    for linear, weight, parts, _ in stored_linears(checkpoint, names):
+        replaced |= {f"{linear}.{key}" for key in parts}
+        yield f"{linear}.weight", weight.dequantize()
+    yield from ((name, checkpoint.read(name)) for name in names if name not in replaced)
+
+
+def load_dense(folder: str | Path, device: torch.device) -> nn.Module:
+    """A checkpoint, dense or quantized, as a transformers model in float32 and eval mode."""
+    checkpoint = open_checkpoint(folder)
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    state = {name: tensor.float() for name, tensor in dense_tensors(checkpoint)}
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    disable_progress_bar()
+    model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,152 @@
+"""How much the model's loss minds an error: one backward pass, block by block, over the calibration tokens.
+
+Labels are drawn from the model's own predictions, so that products of gradients are the Fisher information. With g_t
+the gradient of the loss by a linear's output at token t, x_t its input and E an error of its weight, the loss grows by
+
+    ½ E[(g_tᵀ E x_t)²]  ≈  ½ tr(G E H Eᵀ),    G = E[g gᵀ],    H = E[|g|² x xᵀ] / E|g|²
+
+(Kronecker factors as in arXiv 2505.22988). The pass keeps |g_t|² of every token, to weigh it in the Hessian, and G in
+blocks of ROW_BLOCK rows. It holds one block of the model, its inputs and their gradient; the inputs of the other blocks
+wait on disk.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vllm_babai.offline.model.capture import advance, batches, run_block
+from vllm_babai.offline.model.streamed import StreamedModel
+from vllm_babai.offline.solver.joint_plane import ROW_DAMPING, RowGeometry, independent_rows, row_geometry
+
+ROW_BLOCK = 256
+HEAD = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the pass left in `folder`, a file for every decoder block and one for the head; read when asked for."""
+
+    folder: Path
+    blocks_name: str
+
+    def shared_weights(self, linears: list[str]) -> Tensor | None:
+        """Weights of the calibration tokens, mean 1, for linears of one input, float32 [sequences, length]; None: all
+        count alike, as they do for the head.
+        """
+        if self._is_head(linears[0]):
+            return None
+        total = torch.stack([self._read(linear, "tokens") for linear in linears]).sum(0)
+        return total / total.mean().clamp_min(torch.finfo(total.dtype).tiny)
+
+    def row_covariance(self, linear: str) -> Tensor:
+        """G of a linear: row i's covariances with the rows of its own block, float32 [out, ROW_BLOCK]."""
+        return self._read(linear, "rows")
+
+    def row_geometry(self, linear: str) -> RowGeometry:
+        """G of a linear, factored; of the head its diagonal alone, damped like the others."""
+        if self._is_head(linear):
+            variances = load_file(self.folder / HEAD)["rows"].double()
+            return independent_rows(variances + ROW_DAMPING * variances.mean())
+        return row_geometry(self.row_covariance(linear))
+
+    def _is_head(self, linear: str) -> bool:
+        return not linear.startswith(f"{self.blocks_name}.")
+
+    def _read(self, linear: str, kind: str) -> Tensor:
+        index = int(linear.removeprefix(f"{self.blocks_name}.").split(".")[0])
+        with safe_open(_file(self.folder, index), framework="pt") as file:
+            return file.get_tensor(f"{linear}.{kind}")
+
+
+def measure_sensitivity(
+    model: StreamedModel, tokens: Tensor, hidden: Tensor, arguments: list[dict[str, Any]], seed: int, folder: Path
+) -> Sensitivity:
+    """Run the original model forwards and backwards over the calibration tokens; results go to `folder`.
+
+    tokens: int64 [sequences, length]. hidden, arguments: inputs of the first block, as `first_inputs` gives them.
+    """
+    hidden = hidden.clone()
+    with TemporaryDirectory(dir=folder) as spill:
+        for index in range(len(model.blocks)):
+            save_file({"hidden": hidden}, _file(Path(spill), index))
+            advance(model.load_block(index), hidden, arguments[index], model.device)
+        gradient, variances = _head_gradient(model, tokens, hidden, seed)
+        save_file({"rows": variances}, folder / HEAD)
+        for index in reversed(range(len(model.blocks))):
+            hidden = load_file(_file(Path(spill), index))["hidden"]
+            _file(Path(spill), index).unlink()
+            save_file(_block_backward(model, index, hidden, gradient, arguments[index]), _file(folder, index))
+    return Sensitivity(folder, model.blocks_name)
+
+
+@contextmanager
+def measured_in_passing(
+    model: StreamedModel, tokens: Tensor, hidden: Tensor, arguments: list[dict[str, Any]], seed: int
+) -> Iterator[Sensitivity]:
+    """`measure_sensitivity` into a folder that is gone afterwards."""
+    with TemporaryDirectory(prefix="babai-") as folder:
+        yield measure_sensitivity(model, tokens, hidden, arguments, seed, Path(folder))
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"{index:05}.safetensors"
+
+
+def _head_gradient(model: StreamedModel, tokens: Tensor, hidden: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed loss by the outputs of the last block, [sequences, length, hidden], and the mean square of
+    that by every logit, p(1 − p) on average over labels, float32 [vocabulary].
+
+    A sequence at a time: logits over a large vocabulary are the largest tensors of the pass.
+    """
+    head = model.load_head()
+    generator = torch.Generator(model.device).manual_seed(seed)
+    gradient, variances = torch.empty_like(hidden), torch.zeros(())
+    for index, sequence in enumerate(tokens):
+        outputs = hidden[index : index + 1].to(model.device).requires_grad_()
+        log_p = torch.log_softmax(head(sequence[None].to(model.device), outputs).float(), -1)[0]
+        p = log_p.detach().exp()
+        variances = variances + (p - p.square()).sum(0).cpu()
+        labels = torch.multinomial(p, 1, generator=generator)
+        (by_outputs,) = torch.autograd.grad(-log_p.gather(1, labels).sum(), outputs)
+        gradient[index] = by_outputs[0].to(gradient.device)
+    return gradient, variances / tokens.numel()
+
+
+def _block_backward(
+    model: StreamedModel, index: int, hidden: Tensor, gradient: Tensor, arguments: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Take the gradient from a block's outputs to its inputs, in place; what `Sensitivity` reads of its linears."""
+    block, name = model.load_block(index), model.block_name(index)
+    linears = {f"{name}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    tokens = {linear: torch.zeros(hidden.shape[:2]) for linear in linears}
+    rows = {n: torch.zeros(m.out_features, ROW_BLOCK, device=model.device) for n, m in linears.items()}
+    window = slice(0)
+
+    def note(linear: str, by_output: Tensor) -> None:
+        by_row = by_output.float().flatten(0, -2)
+        tokens[linear][window] = by_row.square().sum(-1).view(-1, hidden.shape[1]).cpu()
+        for first in range(0, by_row.shape[1], ROW_BLOCK):
+            part = by_row[:, first : first + ROW_BLOCK]
+            rows[linear][first : first + ROW_BLOCK, : part.shape[1]].addmm_(part.T, part)
+
+    def watch(linear: str, _: nn.Module, __: tuple, output: Tensor) -> None:
+        output.register_hook(partial(note, linear))
+
+    for linear, module in linears.items():
+        module.register_forward_hook(partial(watch, linear))
+    for window, batch in batches(hidden, model.device):
+        inputs = batch.requires_grad_()
+        outputs = run_block(block, inputs, arguments)
+        (by_inputs,) = torch.autograd.grad(outputs, inputs, gradient[window].to(model.device))
+        gradient[window] = by_inputs.to(gradient.device)
+    count = hidden.shape[:2].numel()
+    return {f"{n}.tokens": t for n, t in tokens.items()} | {f"{n}.rows": (t / count).cpu() for n, t in rows.items()}

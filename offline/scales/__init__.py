@@ -1,0 +1,1 @@
+"""The scales at which a linear is solved, and its stored form and report."""

@@ -1,0 +1,122 @@
+"""Quantized checkpoints in another form: the other format, the same lattice points; or dense."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_babai.errors import QuantizationError
+from vllm_babai.format import BIT_WIDTHS, FORMATS, HPTQ, SSQR, CheckpointConfig, LatticeWeight, integer_range
+from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
+from vllm_babai.offline.model.dense import dense_tensors, stored_linears
+from vllm_babai.offline.plan.fusion import fused_with
+from vllm_babai.offline.run_folder import (
+    REPORT,
+    copy_companions,
+    partial_folder,
+    publish,
+    save_atomically,
+    write_config,
+    write_index,
+)
+
+MOST_OVERFLOW = 0.02
+
+
+def convert(source: str | Path, out: str | Path, to: str, dtype: torch.dtype, *, overwrite: bool = False) -> Path:
+    """Write a quantized checkpoint as `to`: ssqr or hptq, lossless both ways, or dense weights in `dtype`.
+
+    HPTQ becomes SSQR of the widths that it was converted from, else of the smallest whose overflow stays under 2%.
+    Dense weights are exact in float32, and rounded once in other dtypes. One file at a time is in memory. Raises
+    QuantizationError when `source` is not quantized, is corrupt, has column steps and is to be SSQR, or OUT exists.
+    """
+    checkpoint, out = open_checkpoint(source), Path(out)
+    config = checkpoint.config()
+    if "quantization_config" not in config:
+        raise QuantizationError(f"{source} is not quantized: it has no quantization_config")
+    if out.exists() and not overwrite:
+        raise QuantizationError(f"{out} exists: choose another folder, or pass --overwrite")
+    if to == "dense":
+        del config["quantization_config"]
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        return _write(checkpoint, out, config, lambda names: _dense(checkpoint, names, dtype))
+    scheme = _target_config(checkpoint, CheckpointConfig.from_dict(config["quantization_config"]), to)
+    config["quantization_config"] = scheme.to_dict()
+    return _write(checkpoint, out, config, lambda names: _reencoded(checkpoint, names, scheme))
+
+
+def _write(
+    checkpoint: Checkpoint, out: Path, config: dict[str, Any], convert_file: Callable[[list[str]], dict[str, Tensor]]
+) -> Path:
+    partial = partial_folder(out)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    files = sorted(set(checkpoint.files.values()))
+    for path in files:
+        names = sorted(name for name, file in checkpoint.files.items() if file == path)
+        save_atomically(partial / path.name, convert_file(names))
+    write_index(partial, [partial / path.name for path in files])
+    copy_companions(checkpoint, partial)
+    if "quantization_config" in config and (checkpoint.folder / REPORT).is_file():
+        shutil.copyfile(checkpoint.folder / REPORT, partial / REPORT)
+    write_config(partial, config)
+    publish(partial, out)
+    return out
+
+
+def _dense(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in dense_tensors(checkpoint, names)}
+
+
+def _reencoded(checkpoint: Checkpoint, names: list[str], config: CheckpointConfig) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    replaced: set[str] = set()
+    for linear, weight, parts, _ in stored_linears(checkpoint, names):
+        stored = _encode(weight, config, linear)
+        tensors |= {f"{linear}.{field.name}": getattr(stored, field.name) for field in fields(stored)}
+        replaced |= {f"{linear}.{key}" for key in parts}
+    return tensors | {name: checkpoint.read(name) for name in names if name not in replaced}
+
+
+def _encode(weight: LatticeWeight, config: CheckpointConfig, linear: str) -> SSQR | HPTQ:
+    bits = config.scheme(linear).bits
+    if config.format == "ssqr" and bits is not None:
+        return SSQR.encode(weight, bits)
+    scales = weight.scales
+    if (scales == scales[:1, :1]).all():
+        scales = scales[:1, :1].clone()
+    return HPTQ.encode(LatticeWeight(weight.integers, scales, weight.column_exponents))
+
+
+def _target_config(checkpoint: Checkpoint, config: CheckpointConfig, to: str) -> CheckpointConfig:
+    """The converted checkpoint's config; SSQR widths stay in that of HPTQ, to be taken up on the way back."""
+    if to not in FORMATS:
+        raise QuantizationError(f"--to {to} is unknown: use dense, {' or '.join(FORMATS)}")
+    config = replace(config, format=to, residency="packed")
+    if to != "ssqr" or config.bits is not None:
+        return config
+    widths: dict[str, int] = {}
+    for linear, weight, _, _ in stored_linears(checkpoint):
+        if weight.column_exponents is not None:
+            raise QuantizationError(
+                f"{linear}: its columns have steps of their own, which SSQR does not hold; "
+                "quantize with --no-column-steps, or convert --to dense"
+            )
+        widths[linear] = smallest_width(weight.integers)
+    shared = {linear: max(widths.get(name, 0) for name in fused_with(linear)) for linear in widths}
+    common = max(set(shared.values()), key=list(shared.values()).count)
+    overrides = {n: {"bits": bits} for n, bits in shared.items() if bits != common or n in config.overrides}
+    return replace(config, bits=common, overrides=overrides)
+
+
+def smallest_width(integers: Tensor) -> int:
+    """The fewest dense bits beyond which no more than 2% of the integers lie."""
+    for bits in BIT_WIDTHS:
+        low, high = integer_range(bits)
+        if float(((integers < low) | (integers > high)).float().mean()) <= MOST_OVERFLOW:
+            return bits
+    return BIT_WIDTHS[-1]

@@ -1,0 +1,117 @@
+"""Perplexity of a checkpoint, and how far its next-token distributions are from the original's."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.model.calibration import load_tokenizer, read_texts
+from vllm_babai.offline.model.checkpoint import open_checkpoint
+from vllm_babai.offline.model.dense import load_dense
+
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against the original on the same tokens; means with their standard errors over windows.
+
+    loss: difference of negative log-likelihood, nats per token, paired. divergence: KL(original ‖ model) of the
+    next-token distributions, nats. agreement: share of positions with the same most likely token.
+    """
+
+    original_perplexity: float
+    loss: float
+    loss_error: float
+    divergence: float
+    divergence_error: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """perplexity: exp of `nll`, the mean negative log-likelihood in nats per predicted token; `nll_error` is its
+    standard error over windows. position_nll: mean by position in the window, in eight equal parts.
+    """
+
+    perplexity: float
+    nll: float
+    nll_error: float
+    position_nll: list[float]
+    tokens: int
+    windows: int
+    window: int
+    comparison: Comparison | None = None
+
+
+def evaluation_windows(model: str | Path, data: str | Path, window: int, samples: int) -> Tensor:
+    """Windows of `window` tokens of the text, int64 [windows, window]; `samples` of them spread evenly, or all (0).
+
+    Documents are joined without a separator. Raises QuantizationError when there is less than one window of text.
+    """
+    tokenizer = load_tokenizer(open_checkpoint(model).folder)
+    text = "".join(read_texts(str(data), tokenizer))
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = len(tokens) // window
+    if whole < 1:
+        raise QuantizationError(f"{data} has {len(tokens)} tokens, less than one window of {window}: give more text")
+    windows = torch.tensor(tokens[: whole * window]).view(whole, window)
+    return windows[:: max(1, whole // samples)][:samples] if samples else windows
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
+    window: int = 512,
+    samples: int = 0,
+    against: str | Path | None = None,
+    device: torch.device | None = None,
+) -> Evaluation:
+    """Evaluate a checkpoint, dense or quantized, in float32; `against` names the original to compare with."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    windows = evaluation_windows(against or model, data, window, samples)
+    candidate = load_dense(model, device)
+    original = load_dense(against, device) if against else None
+    batch = max(1, BATCH_TOKENS // window)
+    candidate_nll, original_nll, divergence, agreement = [], [], [], []
+    with torch.inference_mode():
+        for tokens in track(windows.split(batch), description="evaluating", transient=True):
+            log_p, nll = _predict(candidate, tokens.to(device))
+            candidate_nll.append(nll)
+            if original is not None:
+                log_q, nll = _predict(original, tokens.to(device))
+                original_nll.append(nll)
+                divergence.append(torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1))
+                agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).float())
+    nll = torch.cat(candidate_nll).double()
+    mean, error = _mean_and_error(nll)
+    comparison = None
+    if original is not None:
+        reference = torch.cat(original_nll).double()
+        comparison = Comparison(
+            math.exp(float(reference.mean())),
+            *_mean_and_error(nll - reference),
+            *_mean_and_error(torch.cat(divergence).double()),
+            float(torch.cat(agreement).mean()),
+        )
+    by_position = [float(part.mean()) for part in nll.chunk(8, dim=1)]
+    return Evaluation(math.exp(mean), mean, error, by_position, nll.numel(), len(windows), window, comparison)
+
+
+def _predict(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [windows, window − 1, vocabulary], and the negative log-likelihood of each next token."""
+    logits = model(tokens, use_cache=False).logits[:, :-1].float()
+    log_p = torch.log_softmax(logits, -1)
+    return log_p, -log_p.gather(-1, tokens[:, 1:, None]).squeeze(-1).cpu()
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean over everything, and its standard error with windows [windows, positions] as the independent samples."""
+    means = values.cpu().mean(1)
+    error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else float("nan")
+    return float(means.mean()), error

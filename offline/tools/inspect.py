@@ -1,0 +1,107 @@
+"""What a quantized folder holds, layer by layer; every stored tensor is decoded and checked on the way."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_babai.errors import QuantizationError
+from vllm_babai.format import LatticeWeight
+from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
+from vllm_babai.offline.model.dense import stored_linears
+from vllm_babai.offline.run_folder import REPORT
+
+
+@dataclass(frozen=True)
+class LinearSummary:
+    """One linear as stored. bytes: of all its tensors. entropy: of its integers, zeroth order, bits per weight.
+    redundancy: bits_per_weight − entropy; below 0 where the code does better by knowing rows and columns apart.
+    overflow_rate: share of integers beyond the dense range, None where there is none. relative_error: from the report,
+    None where the folder has none.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    bytes: int
+    bits_per_weight: float
+    entropy: float
+    redundancy: float
+    largest: int
+    overflow_rate: float | None
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All linears of a folder, and totals over them. checkpoint_bytes: all weight files."""
+
+    format: str
+    linears: list[LinearSummary]
+    bits_per_weight: float
+    quantized_weights: int
+    checkpoint_bytes: int
+
+
+def inspect(folder: str | Path) -> Inspection:
+    """Decode every quantized linear of a folder. Raises QuantizationError when it is not quantized, or corrupt."""
+    checkpoint = open_checkpoint(folder)
+    raw = checkpoint.config().get("quantization_config")
+    if raw is None:
+        raise QuantizationError(f"{folder} is not quantized: make a checkpoint with `babai quantize`")
+    errors = _reported_errors(checkpoint)
+    linears = [
+        _summarize(name, weight, parts, dense_range, errors.get(name))
+        for name, weight, parts, dense_range in stored_linears(checkpoint)
+    ]
+    weights = sum(linear.rows * linear.columns for linear in linears)
+    bits = 8 * sum(linear.bytes for linear in linears) / max(weights, 1)
+    return Inspection(raw["format"], linears, bits, weights, checkpoint.bytes())
+
+
+def integer_counts(folder: str | Path) -> dict[int, int]:
+    """How often every integer occurs in all quantized linears of a folder."""
+    total: dict[int, int] = {}
+    for _, weight, _, _ in stored_linears(open_checkpoint(folder)):
+        values, counts = weight.integers.unique(return_counts=True)
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+            total[value] = total.get(value, 0) + count
+    return dict(sorted(total.items()))
+
+
+def _summarize(
+    name: str, weight: LatticeWeight, parts: dict[str, Tensor], dense_range: tuple[int, int] | None, error: float | None
+) -> LinearSummary:
+    integers = weight.integers
+    size = sum(part.nbytes for part in parts.values())
+    rate, entropy = 8 * size / integers.numel(), _entropy(integers)
+    overflow = None
+    if dense_range is not None:
+        overflow = float(((integers < dense_range[0]) | (integers > dense_range[1])).float().mean())
+    return LinearSummary(
+        name=name,
+        rows=integers.shape[0],
+        columns=integers.shape[1],
+        bytes=size,
+        bits_per_weight=rate,
+        entropy=entropy,
+        redundancy=rate - entropy,
+        largest=int(integers.abs().max()),
+        overflow_rate=overflow,
+        relative_error=error,
+    )
+
+
+def _entropy(integers: Tensor) -> float:
+    counts = integers.unique(return_counts=True)[1].double()
+    share = counts / counts.sum()
+    return float(-(share * torch.log2(share)).sum())
+
+
+def _reported_errors(checkpoint: Checkpoint) -> dict[str, float]:
+    path = checkpoint.folder / REPORT
+    if not path.is_file():
+        return {}
+    return {layer["name"]: layer["relative_error"] for layer in json.loads(path.read_text())["layers"]}

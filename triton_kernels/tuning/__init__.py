@@ -1,0 +1,1 @@
+"""`babai tune`: the fastest launch configurations, measured on a GPU."""

@@ -1,0 +1,36 @@
+"""Loops that numba compiles, and the threads that run them side by side.
+
+numba takes a second to import: it is, when the first loop is defined.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def compiled(function: Any, parallel: bool = False) -> Any:
+    """Compile without the GIL, cached on disk where any cache directory can be written.
+
+    parallel: on all threads, see `numba.prange`.
+    """
+    from numba import njit
+
+    try:
+        return njit(nogil=True, parallel=parallel, cache=True)(function)
+    except RuntimeError:  # numba: no directory for the cache
+        return njit(nogil=True, parallel=parallel)(function)
+
+
+def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`[function(item) for item in items]`, on as many threads as this process may use cores."""
+    items = list(items)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, len(items))
+    if workers < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, items))

@@ -1,0 +1,1 @@
+"""SSQR: dense integers and an overflow list."""

@@ -1,0 +1,1 @@
+"""HPTQ: integers of any size, entropy coded."""

@@ -1,0 +1,1 @@
+"""What vLLM sees: all that imports vllm."""

@@ -1,0 +1,124 @@
+"""The quantization method `babai` as vLLM sees it: which layers of a model are quantized, and how."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from vllm_babai.format import CheckpointConfig, LayerScheme
+from vllm_babai.format.config import QUANT_METHOD
+from vllm_babai.plugin.linear import METHODS
+from vllm_babai.plugin.progress import LoadProgress
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+MOE_LAYERS = {"FusedMoE", "RoutedExperts"}  # the class was renamed between versions of vLLM
+
+
+def register_config() -> None:
+    """Make `babai` known to vLLM as a quantization method. Idempotent."""
+    register_quantization_config(QUANT_METHOD)(BabaiConfig)
+
+
+class BabaiConfig(QuantizationConfig):
+    """The `quantization_config` of a babai checkpoint, matched with the names of vLLM's layers.
+
+    vLLM fuses linears (q_proj, k_proj and v_proj become qkv_proj); the checkpoint names them one by one.
+    Raises ValueError when there is no configuration, that is, when the model is not quantized.
+    """
+
+    def __init__(self, checkpoint: CheckpointConfig | None = None) -> None:
+        super().__init__()
+        if checkpoint is None:
+            raise ValueError(
+                "--quantization babai serves checkpoints that babai made, and this model is not quantized; "
+                "make one with: babai quantize MODEL OUT --format ssqr --bits 4"
+            )
+        self.checkpoint = checkpoint
+        self.progress = LoadProgress()
+
+    def __repr__(self) -> str:
+        return f"BabaiConfig({self.checkpoint})"
+
+    def get_name(self) -> str:
+        """`babai`."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Activations that the kernels take."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Smallest compute capability, times ten, that the Triton kernels are compiled for."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: the configuration stands in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "BabaiConfig":
+        """From the quantization_config in config.json. Raises FormatError that names the field at fault."""
+        return cls(CheckpointConfig.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Take the residency from `--hf-overrides '{"babai_residency": "coded"}'`.
+
+        An override of `quantization_config` would have to repeat all of it: vLLM replaces dictionaries, it does not
+        merge them. Raises FormatError for a residency that there is not.
+        """
+        residency = getattr(hf_config, "babai_residency", self.checkpoint.residency)
+        self.checkpoint = replace(self.checkpoint, residency=residency)
+        self.checkpoint.check_residency()
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Rename the layers of the checkpoint to what they are called in vLLM's model."""
+        self.checkpoint = replace(
+            self.checkpoint,
+            ignore=hf_to_vllm_mapper.apply_list(self.checkpoint.ignore),
+            overrides=hf_to_vllm_mapper.apply_dict(self.checkpoint.overrides),
+        )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """How vLLM treats the layer called `prefix`; None (embeddings, attention) leaves it to vLLM.
+
+        Linears are quantized unless the checkpoint ignores them, lm_head only where its overrides name it; that is
+        always packed, as decoded it would be the largest tensor of all. Raises NotImplementedError for a
+        mixture-of-experts layer and ValueError when linears that vLLM fuses are stored differently.
+        """
+        if any(base.__name__ in MOE_LAYERS for base in type(layer).__mro__):
+            raise NotImplementedError(f"{prefix}: mixture-of-experts layers are not supported yet")
+        if isinstance(layer, ParallelLMHead) and prefix in self.checkpoint.overrides:
+            return self._method("packed", self.checkpoint.scheme(prefix), prefix, [prefix])
+        if not isinstance(layer, LinearBase):
+            return None
+        names = self._checkpoint_names(prefix)
+        scheme = self._common_scheme(prefix, names)
+        if scheme is None:
+            return UnquantizedLinearMethod()
+        return self._method(self.checkpoint.residency, scheme, prefix, names)
+
+    def _method(self, residency: str, scheme: LayerScheme, prefix: str, names: list[str]) -> QuantizeMethodBase:
+        return METHODS[residency](self.checkpoint.format, scheme, prefix, names, self.progress)
+
+    def _checkpoint_names(self, prefix: str) -> list[str]:
+        """Names that the linears fused in the layer `prefix` have in the checkpoint, in the order of their rows."""
+        parent, dot, name = prefix.rpartition(".")
+        return [parent + dot + shard for shard in self.packed_modules_mapping.get(name, [name])]
+
+    def _common_scheme(self, prefix: str, names: list[str]) -> LayerScheme | None:
+        """Scheme of linears that are fused; None when they are not quantized."""
+        schemes = [None if name in self.checkpoint.ignore else self.checkpoint.scheme(name) for name in names]
+        if len(set(schemes)) > 1:
+            listing = ", ".join(
+                f"{name}: {scheme or 'not quantized'}" for name, scheme in zip(names, schemes, strict=True)
+            )
+            raise ValueError(f"{prefix}: vLLM fuses linears here that the checkpoint stores differently ({listing})")
+        return schemes[0]
