@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from harness import DEMO, command_line
 
-from vllm_babai.offline import QuantizeOptions, quantize
+from vllm_babai import offline
 
-DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 REPORT = "babai_report.json"
 RUNS = {
     "ssqr-2": {"bits": 2},
@@ -40,6 +40,7 @@ def checksum(folder: Path) -> str:
 
 def main() -> None:
     """Print a line for each run."""
+    command_line(__doc__).parse_args()
     torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
@@ -47,8 +48,8 @@ def main() -> None:
         calibration = Path(scratch) / "calibration.jsonl"
         text["write_jsonl"](calibration, text["CALIBRATION_MODULES"])
         for name, how in RUNS.items():
-            options = QuantizeOptions(calibration=str(calibration), samples=32, sequence_length=256, **how)
-            folder = quantize(DEMO / "stdlib-6m", Path(scratch) / name, options)
+            options = offline.QuantizeOptions(calibration=str(calibration), samples=32, sequence_length=256, **how)
+            folder = offline.quantize(DEMO / "stdlib-6m", Path(scratch) / name, options)
             bits = json.loads((folder / REPORT).read_text())["bits_per_weight"]
             print(f"{name:16} {bits:.6f} {checksum(folder)}", flush=True)
 

@@ -1,21 +1,20 @@
-"""Size and speed of the HPTQ codec: `python tests/benchmarks/codec.py [--model FOLDER] [--json FILE]`.
+"""Size and speed of the HPTQ codec: `python tests/benchmarks/codec.py [--model FOLDER]`.
 
 Sizes are whole blobs (header, tables, classes, tile index, states) in bits per weight, beside the zeroth-order entropy
 and what a Huffman code of the whole matrix would take without its table. Speeds are of one core, in CPU time; compiling
-is not counted.
+is not counted. Size and speed of made-up matrices; with `--model` sizes of a checkpoint's linears, too.
 """
 
-import argparse
 import heapq
-import json
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from harness import Median, command_line, report, table, time_rounds
 from safetensors import safe_open
 from torch import Tensor
 
@@ -23,7 +22,8 @@ from vllm_babai.format.entropy.hptq import decode_integers as decode_coded
 from vllm_babai.format.entropy.hptq import encode_integers, predicted_bytes, read_blob
 
 RATES = (2.0, 3.0, 4.0)
-REPEATS = 5
+SIZES = ("entropy", "huffman", "coded", "predicted")
+TASKS = ("encode", "decode", "predict")
 
 
 def symbol_counts(integers: Tensor) -> np.ndarray:
@@ -61,17 +61,7 @@ def rounded(weight: Tensor, rate: float) -> Tensor:
     return integers
 
 
-def seconds(function: Callable[[], object]) -> float:
-    function()
-    times = []
-    for _ in range(REPEATS):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-def size(name: str, integers: Tensor) -> dict[str, object]:
+def size(name: str, integers: Tensor) -> dict[str, Any]:
     weights = integers.numel()
     return {
         "name": name,
@@ -84,15 +74,19 @@ def size(name: str, integers: Tensor) -> dict[str, object]:
     }
 
 
-def speed(name: str, integers: Tensor) -> dict[str, object]:
-    """Million weights per second and core."""
+def speed(name: str, integers: Tensor, rounds: int) -> dict[str, Any]:
+    """Million weights per second and core: the median over rounds, and its quartiles."""
     blob = encode_integers(integers, 0)
-    return {
-        "name": name,
-        "encode": integers.numel() / seconds(lambda: encode_integers(integers, 0)) / 1e6,
-        "predict": integers.numel() / seconds(lambda: predicted_bytes(integers)) / 1e6,
-        "decode": integers.numel() / seconds(lambda: decode_coded(read_blob(blob))) / 1e6,
-    }
+    times = time_rounds(
+        {
+            "encode": lambda: encode_integers(integers, 0),
+            "decode": lambda: decode_coded(read_blob(blob)),
+            "predict": lambda: predicted_bytes(integers),
+        },
+        rounds,
+    )
+    millions = integers.numel() / 1e6
+    return {"name": name} | {task: Median.of([millions / cpu for cpu in times[task].cpu]) for task in TASKS}
 
 
 def synthetic() -> Iterator[tuple[str, Tensor]]:
@@ -122,33 +116,32 @@ def mean(rows: list[dict], key: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__, rounds=5)
     parser.add_argument("--model", type=Path, help="folder of a dense checkpoint whose linears are rounded and coded")
-    parser.add_argument("--json", type=Path, help="write all figures there")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
 
     matrices = list(synthetic())
     sizes = [size(name, integers) for name, integers in matrices]
-    speeds = [speed(name, integers) for name, integers in matrices if integers.numel() >= 1 << 24]
-    print(f"{'bits per weight':40} {'entropy':>8} {'Huffman':>8} {'coded':>8} {'predicted':>9}")
+    speeds = [speed(name, integers, options.rounds) for name, integers in matrices if integers.numel() >= 1 << 24]
+    bits = table("bits per weight", ("matrix, rate", *SIZES))
     for row in sizes:
-        label = f"{row['name']} {row['shape'][0]}×{row['shape'][1]}"
-        print(f"{label:40} {row['entropy']:8.4f} {row['huffman']:8.4f} {row['coded']:8.4f} {row['predicted']:9.4f}")
-    if arguments.model:
-        real = [size(name, integers) for name, integers in linears(arguments.model)]
+        shape = "×".join(map(str, row["shape"]))
+        bits.add_row(f"{row['name']} {shape}", *(f"{row[key]:.4f}" for key in SIZES))
+    if options.model:
+        real = [size(name, integers) for name, integers in linears(options.model)]
         for rate in RATES:
             rows = [row for row in real if row["name"].endswith(f" {rate}")]
-            figures = " ".join(f"{mean(rows, key):8.4f}" for key in ("entropy", "huffman", "coded", "predicted"))
-            print(f"{f'{arguments.model.name}, {len(rows)} linears {rate}':40} {figures}")
+            bits.add_row(
+                f"{options.model.name}, {len(rows)} linears {rate}", *(f"{mean(rows, key):.4f}" for key in SIZES)
+            )
         sizes += real
-    print(f"\n{'million weights per second and core':40} {'encode':>8} {'decode':>8} {'predict':>8}")
+    fast = table("million weights per second and core", ("matrix, rate", *TASKS))
     for row in speeds:
-        print(f"{row['name']:40} {row['encode']:8.0f} {row['decode']:8.0f} {row['predict']:8.0f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"sizes": sizes, "speeds": speeds}, indent=1))
+        fast.add_row(row["name"], *(row[task].text(0) for task in TASKS))
+    report({"sizes": sizes, "speeds": speeds}, [bits, fast], options.json)
 
 
 if __name__ == "__main__":

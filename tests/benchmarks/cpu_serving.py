@@ -1,14 +1,15 @@
-"""Tokens per second on the CPU: `python tests/benchmarks/cpu_serving.py [--bits N] [--json FILE]`.
+"""Tokens per second on the CPU: `python tests/benchmarks/cpu_serving.py [--bits N]`.
 
-Makes a random Llama of 450M parameters, serves it in bfloat16 and quantized with 1% overflow by `vllm serve`, one after
-the other, and lets the `openai` client ask for completions at 1 and at 8 concurrent requests.
+Makes a random Llama of 450M parameters and lets the `openai` client ask for completions at 1 and at 8 concurrent
+requests. In each round `vllm serve` runs twice, one after the other: with the model in bfloat16, and quantized with 1%
+overflow. A round takes one to two minutes.
 """
 
-import argparse
 import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,40 +17,44 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
-import openai
 import torch
-from rich.console import Console
-from rich.table import Table
+from harness import Median, alternate, command_line, ratio, report, table
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_babai.format import BIT_WIDTHS, SSQR, CheckpointConfig, LatticeWeight, integer_range
 
-CONFIG = LlamaConfig(
-    hidden_size=1536,
-    intermediate_size=4608,
-    num_hidden_layers=16,
-    num_attention_heads=24,
-    num_key_value_heads=8,
-    vocab_size=8192,
-    tie_word_embeddings=True,
-    max_position_embeddings=512,
-    dtype="bfloat16",
-)
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+CONFIG = {
+    "hidden_size": 1536,
+    "intermediate_size": 4608,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "vocab_size": 8192,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+    "dtype": "bfloat16",
+}
 OVERFLOW = 0.01
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 CONCURRENT = (1, 8)
-ROUNDS = 3
+REPETITIONS = 3  # of every measurement while a server runs
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def save_models(folder: Path, bits: int) -> int:
     """Save the model as `bf16` and as `babai` below the folder; returns its parameter count."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # takes seconds; --help needs none
+
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG).bfloat16()
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).bfloat16()
     model.save_pretrained(folder / "bf16")
     tensors = {}
     for name, weight in model.state_dict().items():
@@ -73,7 +78,10 @@ def round_to_nearest(weight: torch.Tensor, bits: int) -> SSQR:
 
 
 @contextmanager
-def serve(model: Path) -> Iterator[openai.OpenAI]:
+def serve(model: Path) -> Iterator["OpenAI"]:
+    """Client of a server of the model in this folder."""
+    from openai import OpenAI
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,53 +100,52 @@ def serve(model: Path) -> Iterator[openai.OpenAI]:
                 break
             except httpx.TransportError:
                 time.sleep(1)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600)
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600)
     finally:
         process.terminate()
         process.wait()
 
 
-def tokens_per_second(client: openai.OpenAI, concurrent: int) -> float:
-    """Of the fastest round."""
+def tokens_per_second(client: "OpenAI", concurrent: int) -> float:
+    """Of all requests together."""
 
     def ask(seed: int) -> None:
-        prompt = torch.randint(CONFIG.vocab_size, (PROMPT_TOKENS,)).tolist()
+        prompt = torch.randint(CONFIG["vocab_size"], (PROMPT_TOKENS,)).tolist()
         extra = {"ignore_eos": True, "detokenize": False}
         client.completions.create(model="model", prompt=prompt, max_tokens=NEW_TOKENS, seed=seed, extra_body=extra)
 
-    best = 0.0
     with ThreadPoolExecutor(concurrent) as pool:
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            list(pool.map(ask, range(concurrent)))
-            best = max(best, concurrent * NEW_TOKENS / (time.perf_counter() - start))
-    return best
+        start = time.perf_counter()
+        list(pool.map(ask, range(concurrent)))
+        return concurrent * NEW_TOKENS / (time.perf_counter() - start)
+
+
+def serve_and_ask(model: Path) -> dict[int, float]:
+    """Tokens per second by number of concurrent requests, of one server: the median of a few repetitions."""
+    with serve(model) as client:
+        tokens_per_second(client, max(CONCURRENT))  # warm up
+        repeated = alternate({n: partial(tokens_per_second, client, n) for n in CONCURRENT}, REPETITIONS)
+    return {concurrent: statistics.median(speeds) for concurrent, speeds in repeated.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, rounds=3)
     parser.add_argument("--bits", type=int, choices=BIT_WIDTHS, default=4)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server stops, too
-    speeds: dict[str, dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         parameters = save_models(Path(folder), options.bits)
-        for name in ("bf16", "babai"):
-            with serve(Path(folder) / name) as client:
-                tokens_per_second(client, max(CONCURRENT))  # warm up
-                speeds[name] = {concurrent: tokens_per_second(client, concurrent) for concurrent in CONCURRENT}
-    table = Table(title=f"tokens per second, {parameters / 1e6:.0f}M parameters")
-    for heading in ("concurrent requests", "bf16", f"babai {options.bits} bits", "speed-up"):
-        table.add_column(heading, justify="right")
+        models = {name: partial(serve_and_ask, Path(folder) / name) for name in ("bf16", "babai")}
+        rounds = alternate(models, options.rounds)
+    results = {}
+    headings = ("concurrent requests", "bf16", f"babai {options.bits} bits", "speed-up")
+    drawn = table(f"tokens per second, {parameters / 1e6:.0f}M parameters", headings, left=0)
     for concurrent in CONCURRENT:
-        bf16, babai = speeds["bf16"][concurrent], speeds["babai"][concurrent]
-        table.add_row(str(concurrent), f"{bf16:.1f}", f"{babai:.1f}", f"{babai / bf16:.2f}×")
-    Console().print(table)
-    if options.json:
-        options.json.write_text(
-            json.dumps({"bits": options.bits, "parameters": parameters, "speeds": speeds}, indent=1)
-        )
+        bf16, babai = ([speeds[concurrent] for speeds in rounds[name]] for name in ("bf16", "babai"))
+        speedup = ratio(babai, bf16)
+        drawn.add_row(str(concurrent), Median.of(bf16).text(1), Median.of(babai).text(1), f"{speedup.text()}×")
+        results[concurrent] = {"bf16": Median.of(bf16), "babai": Median.of(babai), "speedup": speedup}
+    report({"bits": options.bits, "parameters": parameters, "speeds": results}, [drawn], options.json)
 
 
 if __name__ == "__main__":

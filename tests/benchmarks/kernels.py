@@ -1,18 +1,18 @@
 """Check and time the kernels against their peers: `python tests/benchmarks/kernels.py`.
 
 Prints a table, writes `results/<gpu>.json` and `results/<gpu>.png` next to this file. Times are of CUDA-graph replays
-with rotating weights, so that the cache is cold; peers that cannot be imported are left out.
+with rotating weights, so that the cache is cold; peers that cannot be imported are left out. Kernels are timed one
+after the other: replays of one graph differ little on a GPU that does nothing else.
 """
 
-import argparse
 import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
+from harness import RESULTS, command_line, machine, panels, save_plot
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -24,9 +24,6 @@ from vllm_babai.triton_kernels.dequantize import dequantize
 from vllm_babai.triton_kernels.layout import Geometry
 from vllm_babai.triton_kernels.tuning.bench import random_layout
 from vllm_babai.triton_kernels.tuning.timing import copies_needed, copy_bandwidth, seconds_per_call
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 BITS = (2, 3, 4, 5, 8)
@@ -226,7 +223,7 @@ def table(report: Report) -> Table:
 def plot(report: Report, path: Path) -> None:
     """Two panels: speed-up against tokens on the largest layer, fraction of copy bandwidth against weights at M = 1."""
     largest = max(report.timings, key=lambda timing: timing.out_features * timing.in_features).layer
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, (left, right) = panels(2)
     for kernel in dict.fromkeys(timing.kernel for timing in report.timings):
         own = [timing for timing in report.timings if timing.kernel == kernel]
         across = sorted((timing.tokens, report.speedup(timing)) for timing in own if timing.layer == largest)
@@ -240,14 +237,13 @@ def plot(report: Report, path: Path) -> None:
     right.set(xscale="log", xlabel="weights", ylabel="fraction of copy bandwidth", title="one token")
     right.legend()
     figure.suptitle(report.gpu)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_plot(figure, path)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for JSON and plot")
+    parser = command_line(__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and plot")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--bits", type=int, nargs="+", default=BITS, choices=BITS)
     options = parser.parse_args()
@@ -257,7 +253,9 @@ def main() -> None:
     report = measure(torch.device("cuda"), log, tuple(options.tokens), tuple(options.bits))
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / file_name(report.gpu)
-    stem.with_name(stem.name + ".json").write_text(json.dumps(asdict(report), indent=1) + "\n")
+    stem.with_name(stem.name + ".json").write_text(
+        json.dumps({"machine": machine(), **asdict(report)}, indent=1) + "\n"
+    )
     plot(report, stem.with_name(stem.name + ".png"))
     log.print(table(report))
 

@@ -1,4 +1,4 @@
-"""Load time and memory of HPTQ: `python tests/benchmarks/load_time.py [--rate BITS] [--json FILE]`.
+"""Load time and memory of HPTQ: `python tests/benchmarks/load_time.py [--rate BITS]`.
 
 Made-up matrices of a model of 8 billion weights go through what the plugin does with a stored linear: `packed` decodes
 and splits into dense + sparse, `coded` decodes to find where segments begin. This and reading the blob from a disk of
@@ -7,25 +7,23 @@ it happens on the device, and SSQR checkpoints take it as well. Compiling is not
 on a GPU.
 """
 
-import argparse
-import json
-import os
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import statistics
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+from harness import command_line, report, table, time_rounds
 
 from vllm_babai.format import HPTQ, LatticeWeight, LayerScheme
 from vllm_babai.ops.coded import CodedTensors, coded_tensors
-from vllm_babai.plugin.reader import RankWeight, StoredLinear, Window, pack_windows, read_hptq, segment_windows
 from vllm_babai.triton_kernels import device_layout
+
+if TYPE_CHECKING:  # imports vllm, which takes seconds; --help needs none
+    from vllm_babai.plugin.reader import RankWeight, StoredLinear
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 CPU = torch.device("cpu")
 DISK = 1e9  # bytes per second
-REPEATS = 3
 COLUMNS = {
     "M weights/s/core": "million weights per second and core",
     "load time": "load time over bf16 at 1 GB/s",
@@ -35,8 +33,10 @@ COLUMNS = {
 }
 
 
-def stored_linear(rows: int, columns: int, rate: float) -> StoredLinear:
+def stored_linear(rows: int, columns: int, rate: float) -> "StoredLinear":
     """Gaussian integers of about this entropy, with one step, spread by row and column as far as a dozen contexts."""
+    from vllm_babai.plugin.reader import StoredLinear, Window
+
     sigma = 2**rate / (2 * torch.pi * torch.e) ** 0.5
     spread = torch.exp2(0.1 * torch.randn(rows, 1)) * torch.exp2(0.1 * torch.randn(columns))
     integers = torch.randn(rows, columns).mul_(sigma * spread).round_().short()
@@ -44,36 +44,29 @@ def stored_linear(rows: int, columns: int, rate: float) -> StoredLinear:
     return StoredLinear(stored.tensors(), (rows, columns), [Window(slice(0, rows), slice(0, columns))])
 
 
-def load_packed(linear: StoredLinear) -> RankWeight:
+def load_packed(linear: "StoredLinear") -> "RankWeight":
+    from vllm_babai.plugin.reader import pack_windows, read_hptq
+
     return pack_windows(read_hptq(linear, LayerScheme(None)))
 
 
-def load_coded(linear: StoredLinear) -> CodedTensors:
+def load_coded(linear: "StoredLinear") -> CodedTensors:
+    from vllm_babai.plugin.reader import read_hptq, segment_windows
+
     weight = segment_windows(read_hptq(linear, LayerScheme(None)))
     return coded_tensors(weight.segments, weight.scales, CPU)
 
 
-def seconds(function: Callable[[], object]) -> tuple[float, float]:
-    """Wall time and CPU time of all threads, each the smallest of several runs."""
-    function()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter(), time.process_time()
-        function()
-        times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    wall, cpu = zip(*times, strict=True)
-    return min(wall), min(cpu)
-
-
-def measure(rows: int, columns: int, rate: float) -> list[dict[str, Any]]:
+def measure(rows: int, columns: int, rate: float, rounds: int) -> list[dict[str, Any]]:
     linear = stored_linear(rows, columns, rate)
     bf16 = 2 * rows * columns
     on_disk = sum(tensor.nbytes for tensor in linear.tensors.values())
     packed, streams = load_packed(linear), load_coded(linear)
     layout = device_layout(packed.qweight, packed.scales, packed.overflow, packed.bits, columns, CPU)
+    times = time_rounds({"packed": partial(load_packed, linear), "coded": partial(load_coded, linear)}, rounds)
     results: list[dict[str, Any]] = []
-    for residency, load, held in (("packed", load_packed, layout), ("coded", load_coded, streams)):
-        wall, cpu = seconds(lambda load=load: load(linear))
+    for residency, held in (("packed", layout), ("coded", streams)):
+        wall, cpu = statistics.median(times[residency].wall), statistics.median(times[residency].cpu)
         results.append(
             {
                 "residency": residency,
@@ -92,21 +85,18 @@ def measure(rows: int, columns: int, rate: float) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__, rounds=5)
     parser.add_argument("--rate", type=float, default=3.125, help="bits per weight")
-    parser.add_argument("--json", type=Path, help="write all figures there")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     torch.manual_seed(0)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    results = [result for shape in SHAPES for result in measure(*shape, arguments.rate)]
-    print(f"{cores} cores, {arguments.rate} bits; time and bytes are over those of bf16")
-    print(f"{'matrix':14} {'residency':10} " + " ".join(f"{heading:>16}" for heading in COLUMNS))
+    results = [result for shape in SHAPES for result in measure(*shape, options.rate, options.rounds)]
+    title = f"{options.rate} bits per weight; time and bytes are over those of bf16"
+    drawn = table(title, ("matrix", "residency", *COLUMNS), left=2)
     for row in results:
-        rows, columns = row["shape"]
-        figures = " ".join(f"{row[key]:16.3f}" for key in COLUMNS.values())
-        print(f"{f'{rows}×{columns}':14} {row['residency']:10} {figures}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"cores": cores, "matrices": results}, indent=1))
+        drawn.add_row(
+            "×".join(map(str, row["shape"])), row["residency"], *(f"{row[key]:.3f}" for key in COLUMNS.values())
+        )
+    report(results, [drawn], options.json)
 
 
 if __name__ == "__main__":

@@ -1,64 +1,73 @@
 """Peak memory of quantization against one decoder block and the calibration activations.
 
-    python tests/benchmarks/memory.py [--hidden 512] [--blocks 24] [--samples 32] [--sequence-length 512] [--json]
+    python tests/benchmarks/memory.py [--hidden 512] [--blocks 24] [--samples 32] [--sequence-length 512]
 
-A Llama with random weights is made on the spot. Another process quantizes a tiny model first, so that imports, compiled
-code and thread pools are there before the measurement, and then this one; the rise of its peak is printed.
+A Llama with random weights is made on the spot. In each round a process of its own quantizes a tiny model first, so
+that imports, compiled code and thread pools are there before the measurement, and then this one; the rise of its peak
+is the figure.
 """
 
 import argparse
-import json
 import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from harness import DEMO, alternate, command_line, report, table
 
-from vllm_babai.offline import QuantizeOptions, quantize
+from vllm_babai import offline
 
-DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, rounds=1)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # in the other process: folder with models
-    arguments = parser.parse_args()
-    if arguments.measure:
-        print(rise_of_peak(arguments.measure, arguments.samples, arguments.sequence_length))
+    options = parser.parse_args()
+    if options.measure:
+        print(rise_of_peak(options.measure, options.samples, options.sequence_length))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_model(folder / "tiny", hidden=64, blocks=1)
-        block, model = save_model(folder / "model", arguments.hidden, arguments.blocks)
-        write_text(folder / "text.txt", arguments.samples * arguments.sequence_length)
-        command = [sys.executable, __file__, *sys.argv[1:], "--measure", name]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    activations = 4 * arguments.samples * arguments.sequence_length * arguments.hidden
+        block, model = save_model(folder / "model", options.hidden, options.blocks)
+        write_text(folder / "text.txt", options.samples * options.sequence_length)
+        peaks = alternate({"peak": lambda: measured_rise(folder)}, options.rounds)["peak"]
+    activations = 4 * options.samples * options.sequence_length * options.hidden
     figures = {
         "model_bytes": model,
         "block_bytes": block,
         "activation_bytes": activations,
-        "peak_bytes": int(output.split()[-1]),
+        "peak_bytes": int(statistics.median(peaks)),
     }
-    if arguments.json:
-        print(json.dumps(figures))
-        return
+    drawn = table("memory to quantize", ("of", "MiB"))
     for label, value in figures.items():
-        print(f"{label.removesuffix('_bytes'):>12} {value / 2**20:9.1f} MiB")
-    print(f"peak / (block + activations) = {figures['peak_bytes'] / (block + activations):.2f}")
+        drawn.add_row(label.removesuffix("_bytes"), f"{value / 2**20:.1f}")
+    drawn.add_row("peak / (block + activation)", f"{figures['peak_bytes'] / (block + activations):.2f}")
+    report(figures, [drawn], options.json)
+
+
+def measured_rise(folder: Path) -> int:
+    """:func:`rise_of_peak` in a process of its own, with the options of this one."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(folder)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for path in ("out", "tiny-out"):
+        shutil.rmtree(folder / path)
+    return int(output.split()[-1])
 
 
 def save_model(folder: Path, hidden: int, blocks: int) -> tuple[int, int]:
     """Save a random Llama; bytes of a block and of all weights in float32, in which they are computed with."""
+    from transformers import AutoModelForCausalLM, LlamaConfig  # takes seconds; --help needs none
+
     config = LlamaConfig(
         vocab_size=4096,
         hidden_size=hidden,
@@ -82,10 +91,11 @@ def write_text(path: Path, tokens: int) -> None:
 def rise_of_peak(folder: Path, samples: int, length: int) -> int:
     """Bytes by which this process's peak memory rises when it quantizes a model after a tiny one."""
     text = str(folder / "text.txt")
-    quantize(folder / "tiny", folder / "tiny-out", QuantizeOptions(calibration=text, samples=2, sequence_length=32))
+    tiny = offline.QuantizeOptions(calibration=text, samples=2, sequence_length=32)
+    offline.quantize(folder / "tiny", folder / "tiny-out", tiny)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    options = QuantizeOptions(calibration=text, samples=samples, sequence_length=length)
-    quantize(folder / "model", folder / "out", options)
+    options = offline.QuantizeOptions(calibration=text, samples=samples, sequence_length=length)
+    offline.quantize(folder / "model", folder / "out", options)
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 

@@ -6,12 +6,13 @@ schedulers can at boost clock. The coded kernels wait, too: a warp decodes its p
 upper limits: attention, KV cache, launches and sampling are left out, and not every card holds its boost clock.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+
+from harness import command_line, markdown
 
 from vllm_babai.format.entropy.hptq import MAX_LANES
 from vllm_babai.format.entropy.segments import SEGMENT_WEIGHTS
@@ -141,18 +142,19 @@ def speed(gpu: GPU, form: Format, model: Model) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", choices=MODELS, default="Llama-3-8B")
-    model = MODELS[parser.parse_args().model]
+    options = parser.parse_args()
+    model = MODELS[options.model]
     weights = model.blocks * sum(rows * columns for rows, columns in model.linears)
-    print("| | disk, GB | memory, GB | load, s |", *(f"{gpu.name} |" for gpu in GPUS))
-    print("|---" * (4 + len(GPUS)) + "|")
+    rows = []
     for form in FORMATS:
         outside = (2 + form.head / 8) * model.embeddings
         stored, held = (bits / 8 * weights + outside for bits in (form.disk, form.memory))
         load = stored / DISK + weights * (1 / form.rate + form.overflow / LAYOUT_RATE) + held / PCIE
-        speeds = (speed(gpu, form, model) if held < USABLE * gpu.memory else "does not fit" for gpu in GPUS)
-        print("|", " | ".join([form.name, f"{stored / 1e9:.1f}", f"{held / 1e9:.1f}", f"{load:.0f}", *speeds]), "|")
+        speeds = [speed(gpu, form, model) if held < USABLE * gpu.memory else "does not fit" for gpu in GPUS]
+        rows.append([form.name, f"{stored / 1e9:.1f}", f"{held / 1e9:.1f}", f"{load:.0f}", *speeds])
+    print(markdown(["", "disk, GB", "memory, GB", "load, s", *(gpu.name for gpu in GPUS)], rows), end="")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ original, and writes `quality.json`, `quality.md` and `quality.png` to the folde
 not measured again, so an interrupted study goes on. Without other options: the demonstration's model and texts.
 """
 
-import argparse
 import json
 import runpy
 import tempfile
@@ -16,19 +15,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import matplotlib
+from harness import DEMO, RESULTS, command_line, markdown, panels, save_plot
 
-from vllm_babai.offline import QuantizeOptions, quantize
-from vllm_babai.offline.run_folder import REPORT
-from vllm_babai.offline.tools.evaluate import evaluate
+from vllm_babai import offline
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-DEMO = Path(__file__).parents[2] / "deploy" / "demo"
-RESULTS = Path(__file__).parent / "results"
+REPORT = "babai_report.json"
 RATES = (2.1, 2.6, 3.1, 3.6, 4.1)
 WIDTHS = (2, 3, 4)
+HEADINGS = ("format", "ingredients", "bits", "perplexity", "loss, nats", "KL, nats", "seconds")
 PLAIN: dict[str, Any] = {"sensitivity": False, "drift": False, "column_steps": False, "paths": 1}
 CODE_UNAWARE = {"vllm_babai.offline.scales.hptq.RELATIVE_PRICE": 0.0}
 
@@ -99,7 +93,9 @@ class Material:
 
 def measure(case: Case, size: float, material: Material) -> Row:
     """Quantize and evaluate one case at one size."""
-    common = QuantizeOptions(
+    from vllm_babai.offline.tools.evaluate import evaluate  # takes seconds; --help needs none
+
+    common = offline.QuantizeOptions(
         format=case.format,  # type: ignore[arg-type]
         calibration=str(material.calibration),
         samples=material.samples,
@@ -113,7 +109,7 @@ def measure(case: Case, size: float, material: Material) -> Row:
         for name, value in case.constants.items():
             stack.enter_context(patch(name, value))
         started = time.perf_counter()
-        out = quantize(material.model, Path(folder) / "out", replace(common, **case.options, **asked))
+        out = offline.quantize(material.model, Path(folder) / "out", replace(common, **case.options, **asked))
         seconds = time.perf_counter() - started
         bits = json.loads((out / REPORT).read_text())["bits_per_weight"]
         found = evaluate(
@@ -126,32 +122,27 @@ def measure(case: Case, size: float, material: Material) -> Row:
 
 
 def write_table(rows: list[Row], path: Path) -> None:
-    lines = [
-        "| format | ingredients | bits | perplexity | loss, nats | KL, nats | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    cells = []
     for row in rows:
         loss = f"{row.loss:.4f} ± {row.loss_error:.4f}"
         divergence = f"{row.divergence:.4f} ± {row.divergence_error:.4f}"
-        cells = (row.format.upper(), row.name, f"{row.bits:.3f}", f"{row.perplexity:.4f}", loss, divergence)
-        lines.append(f"| {' | '.join(cells)} | {row.seconds:.0f} |")
-    path.write_text("\n".join(lines) + "\n")
+        sizes = (f"{row.bits:.3f}", f"{row.perplexity:.4f}", loss, divergence, f"{row.seconds:.0f}")
+        cells.append((row.format.upper(), row.name, *sizes))
+    path.write_text(markdown(HEADINGS, cells))
 
 
 def plot(rows: list[Row], path: Path, with_peers: bool) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
-    for axes, form in zip(panels, ("hptq", "ssqr"), strict=True):
+    figure, axes = panels(2, sharey=True)
+    for panel, form in zip(axes, ("hptq", "ssqr"), strict=True):
         for name in dict.fromkeys(row.name for row in rows if row.format == form):
             points = sorted((row.bits, row.loss) for row in rows if (row.format, row.name) == (form, name))
-            axes.plot(*zip(*points, strict=True), marker=".", label=name, linewidth=2 if name.startswith("all") else 1)
+            panel.plot(*zip(*points, strict=True), marker=".", label=name, linewidth=2 if name.startswith("all") else 1)
         for name, points in PEERS.items() if with_peers else ():
-            axes.plot(*zip(*points, strict=True), marker="x", linestyle=":", label=name)
-        axes.set(title=form.upper(), xlabel="bits per weight, everything counted", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize="small")
-    panels[0].set_ylabel("loss against the original, nats per token")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+            panel.plot(*zip(*points, strict=True), marker="x", linestyle=":", label=name)
+        panel.set(title=form.upper(), xlabel="bits per weight, everything counted", yscale="log")
+        panel.legend(fontsize="small")
+    axes[0].set_ylabel("loss against the original, nats per token")
+    save_plot(figure, path)
 
 
 def demonstration_texts(folder: Path) -> tuple[Path, Path]:
@@ -164,7 +155,7 @@ def demonstration_texts(folder: Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", type=Path, default=DEMO / "stdlib-6m")
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--evaluation", type=Path)

@@ -4,34 +4,34 @@ So that no conclusion of `quality.py` is tuned to one model: a Qwen3 of 3M param
 for some minutes on the standard library of the Python that runs, without the modules of the demonstration's texts.
 """
 
-import argparse
 import runpy
 import sys
 import time
 from pathlib import Path
 
 import torch
+from harness import DEMO, command_line
 from rich.progress import track
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 LENGTH, BATCH, RATE = 256, 8, 2e-3
-CONFIG = Qwen3Config(
-    vocab_size=4096,
-    hidden_size=192,
-    intermediate_size=576,
-    num_hidden_layers=4,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=512,
-    tie_word_embeddings=False,
-    dtype="float32",
-)
+CONFIG = {
+    "vocab_size": 4096,
+    "hidden_size": 192,
+    "intermediate_size": 576,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+}
 
 
 def training_tokens() -> torch.Tensor:
     """The standard library as sequences, int64 [sequences, LENGTH]."""
+    from transformers import AutoTokenizer  # takes seconds; --help needs none
+
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "stdlib-6m")
     text = runpy.run_path(str(DEMO / "text.py"))
     kept_out = {
@@ -48,13 +48,15 @@ def training_tokens() -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=12)
     options = parser.parse_args()
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
     torch.manual_seed(0)
     tokens = training_tokens()
-    model = Qwen3ForCausalLM(CONFIG)
+    model = Qwen3ForCausalLM(Qwen3Config(**CONFIG))
     optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.1)
     started, loss, step = time.monotonic(), torch.tensor(0.0), 0
     while (done := (time.monotonic() - started) / 60 / options.minutes) < 1:

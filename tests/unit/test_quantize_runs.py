@@ -234,7 +234,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks() -> None:
     def measure(blocks: int) -> dict[str, int]:
         sizes = ["--hidden", "384", "--blocks", str(blocks), "--samples", "4", "--sequence-length", "64"]
         command = [sys.executable, str(MEMORY_BENCHMARK), *sizes, "--json"]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["results"]
 
     few, many = measure(2), measure(16)
     added = many["model_bytes"] - few["model_bytes"]
