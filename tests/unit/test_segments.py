@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_babai.cpu.entropy import decode
 from vllm_babai.format import FormatError
 from vllm_babai.format.entropy.hptq import encode_integers, read_blob
-from vllm_babai.format.entropy.segments import MAX_LANES, SEGMENT_WEIGHTS, Segments, cut_segments, stack_segments
+from vllm_babai.format.entropy.segments import MAX_LANES, SEGMENT_WEIGHTS, SegmentedMatrix, cut_segments, stack_segments
 from vllm_babai.ops.coded import coded_tensors
 
 COLUMNS = 2100  # three tiles side by side
@@ -23,7 +23,7 @@ COARSE, FINE = (
 CODED = [read_blob(encode_integers(matrix, 0)) for matrix in (COARSE, FINE)]
 
 
-def decoded(segments: Segments, columns: int) -> Tensor:
+def decoded(segments: SegmentedMatrix, columns: int) -> Tensor:
     rows = len(segments.row_class)
     tensors = coded_tensors(segments, torch.ones(rows, 1).bfloat16(), torch.device("cpu"))
     return decode(tensors, torch.empty(rows, columns, dtype=torch.int16))
@@ -55,9 +55,9 @@ def test_segments_are_short_and_take_the_words_of_the_window_alone() -> None:
     coded = CODED[1]
     whole = cut_segments(coded, slice(0, len(FINE)), slice(0, COLUMNS))
     half = cut_segments(coded, slice(0, len(FINE) // 2), slice(0, COLUMNS))
-    assert FINE.numel() / len(whole.table) > SEGMENT_WEIGHTS / 2
-    assert (whole.table["rows"] * whole.table["columns"]).max() <= SEGMENT_WEIGHTS
-    assert whole.states.shape == (len(whole.table), MAX_LANES)
+    assert FINE.numel() / len(whole.segments) > SEGMENT_WEIGHTS / 2
+    assert (whole.segments["rows"] * whole.segments["columns"]).max() <= SEGMENT_WEIGHTS
+    assert whole.states.shape == (len(whole.segments), MAX_LANES)
     assert len(whole.words) < coded.ends[-1]
     assert abs(len(half.words) - len(whole.words) / 2) < 0.02 * len(whole.words)
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from vllm_babai.compiled import parallel_map
+from vllm_babai.format.entropy.classes import Classes
 from vllm_babai.format.entropy.rans import decode_segments
 from vllm_babai.format.entropy.segments import SEGMENT
 from vllm_babai.ops.coded import CodedTensors, multiply_decoded
@@ -29,12 +30,12 @@ def decode(coded: CodedTensors, out: Tensor) -> Tensor:
 
 def _decode_integers(coded: CodedTensors, out: Tensor) -> Tensor:
     words, states = coded.words.numpy().view(np.uint16), coded.states.numpy().view(np.uint32)
-    classes = coded.row_class.int().numpy(), coded.column_class.int().numpy()
+    classes = Classes(coded.row_class.int().numpy(), coded.column_class.int().numpy())
     segments, table = coded.segments.numpy().view(SEGMENT)[:, 0], coded.table.numpy().view(np.uint32)
 
     def decode_some(first: int) -> None:
         some = slice(first, first + SEGMENTS_AT_A_TIME)
-        decode_segments(words, segments[some], states[some], *classes, table, out.numpy())
+        decode_segments(words, segments[some], states[some], classes, table, out.numpy())
 
     parallel_map(decode_some, range(0, len(segments), SEGMENTS_AT_A_TIME))
     return out

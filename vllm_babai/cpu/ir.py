@@ -9,7 +9,9 @@ from functools import cache
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+from vllm_babai.llvm import I16, I32, I64, declare
+
+F32 = ir.FloatType()
 I16x32, I32x16, F32x16 = ir.VectorType(I16, 32), ir.VectorType(I32, 16), ir.VectorType(F32, 16)
 
 
@@ -62,30 +64,9 @@ def loop(
     return carried
 
 
-def declare(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
-    """A function that LLVM knows by this name, most often an instruction of the processor."""
-    known = builder.module.globals.get(name)
-    return known or ir.Function(builder.module, ir.FunctionType(result, arguments), name=name)
-
-
-def constant(vector: ir.VectorType, value: float) -> ir.Constant:
-    """A vector with the same value in every lane."""
-    return ir.Constant(vector, [value] * vector.count)
-
-
 def offset(builder: ir.IRBuilder, address: ir.Value, distance: int) -> ir.Value:
-    """The address so many bytes behind another."""
+    """The address so many bytes after another."""
     return builder.add(address, I64(distance))
-
-
-def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
-    """What stands at an address: a scalar or a vector."""
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=2)
-
-
-def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
-    """Write a scalar or a vector to an address."""
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=2)
 
 
 def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
@@ -94,13 +75,6 @@ def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     intrinsic = declare(builder, "llvm.prefetch.p0i8", ir.VoidType(), [pointer, I32, I32, I32])
     read, soon, data = I32(0), I32(3), I32(1)
     builder.call(intrinsic, [builder.inttoptr(address, pointer), read, soon, data])
-
-
-def splat(builder: ir.IRBuilder, value: ir.Value, vector: ir.VectorType) -> ir.Value:
-    """A vector with a scalar in every lane."""
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
-    zeros = ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count)
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
 
 
 def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:

@@ -23,25 +23,18 @@ from llvmlite import ir
 
 from vllm_babai.cpu.ir import (
     F32,
-    I16,
-    I32,
-    I64,
     BF16x32,
     F32x16,
     I16x32,
     I32x16,
     compile_function,
-    constant,
-    declare,
     fma,
-    load,
     loop,
     new_function,
     offset,
     prefetch,
-    splat,
-    store,
 )
+from vllm_babai.llvm import I16, I32, I64, constant, declare, load, splat, store
 
 TILE_ROWS = 64
 BLOCK_COLUMNS = 128  # of a tile: the unit in which overflow is stored and tiles are expanded

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_babai.format.entropy.code import padded
 from vllm_babai.format.entropy.hptq import MAX_LANES
-from vllm_babai.format.entropy.segments import FIELDS, Segments
+from vllm_babai.format.entropy.segments import FIELDS, SegmentedMatrix
 from vllm_babai.ops.matmul import library
 
 BACKENDS = {"cpu": "vllm_babai.cpu.entropy", "cuda": "vllm_babai.triton_kernels.coded"}
@@ -43,19 +44,17 @@ class CodedTensors(NamedTuple):
         return self[:-1]
 
 
-def coded_tensors(segments: Segments, scales: Tensor, device: torch.device) -> CodedTensors:
-    """Segments of a layer, and its scales, bfloat16 [rows, groups], on a device."""
-    from vllm_babai.format.entropy.rans import padded
-
+def coded_tensors(matrix: SegmentedMatrix, scales: Tensor, device: torch.device) -> CodedTensors:
+    """Streams of a layer, and its scales, bfloat16 [rows, groups], on a device."""
     return CodedTensors(
-        torch.from_numpy(padded(segments.words, MAX_LANES).view("int16")).to(device),
-        torch.from_numpy(segments.table.view(np.int32).reshape(-1, len(FIELDS))).to(device),
-        torch.from_numpy(segments.states.view("int32")).to(device),
-        torch.from_numpy(segments.row_class.astype("int16")).to(device),
-        torch.from_numpy(segments.column_class.astype("uint8")).to(device),
-        torch.from_numpy(segments.lut.view("int32")).to(device),
+        torch.from_numpy(padded(matrix.words, MAX_LANES).view("int16")).to(device),
+        torch.from_numpy(matrix.segments.view(np.int32).reshape(-1, len(FIELDS))).to(device),
+        torch.from_numpy(matrix.states.view("int32")).to(device),
+        torch.from_numpy(matrix.row_class.astype("int16")).to(device),
+        torch.from_numpy(matrix.column_class.astype("uint8")).to(device),
+        torch.from_numpy(matrix.table.view("int32")).to(device),
         scales.to(device, torch.float32),
-        segments.across,
+        matrix.across,
     )
 
 

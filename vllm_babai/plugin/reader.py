@@ -24,7 +24,7 @@ from vllm_babai.format import (
 )
 from vllm_babai.format.dense_sparse.ssqr import dense_crc
 from vllm_babai.format.entropy.hptq import Coded, bands, decode_band, read_blob
-from vllm_babai.format.entropy.segments import Segments, cut_segments, stack_segments
+from vllm_babai.format.entropy.segments import SegmentedMatrix, cut_segments, stack_segments
 from vllm_babai.format.steps import column_factors
 from vllm_babai.plugin.parameter import Part
 
@@ -97,7 +97,7 @@ class CodedWeight:
     scales: bfloat16 [out, groups]. input_scales: bfloat16 [in], to multiply the inputs with, or None.
     """
 
-    segments: Segments
+    segments: SegmentedMatrix
     scales: Tensor
     input_scales: Tensor | None
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vllm_babai.errors import FormatError
 from vllm_babai.format.entropy.tables import decoder_table, encoder_table
+from vllm_babai.format.window import within
 
 MAGIC = b"BBOV"
 VERSION = 2
@@ -132,8 +133,8 @@ def decode_overflow(blob: Tensor, row_window: slice | None = None, column_window
     from vllm_babai.format.dense_sparse import pairs
 
     header = read_header(blob)
-    rows = _bounds(row_window, header.rows, "row")
-    columns = _bounds(column_window, header.columns, "column")
+    rows = within(row_window, header.rows, "row")
+    columns = within(column_window, header.columns, "column")
     body = _read_body(blob, header)
     down = np.arange(rows.start // header.tile_rows, -(-rows.stop // header.tile_rows))
     across = np.arange(columns.start // header.tile_columns, -(-columns.stop // header.tile_columns))
@@ -184,10 +185,3 @@ def _coordinates(
     if outside.any():
         raise FormatError("overflow blob has entries outside their tile")
     return row, column
-
-
-def _bounds(window: slice | None, size: int, axis: str) -> slice:
-    window = slice(0, size) if window is None else window
-    if not 0 <= window.start <= window.stop <= size:
-        raise ValueError(f"{axis} window {window.start}…{window.stop} leaves a matrix of {size} {axis}s")
-    return window

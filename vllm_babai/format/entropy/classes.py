@@ -4,7 +4,7 @@ Rows and columns of one step size spread differently, more so with steps per col
 (i, j) is a_i · b_j; half its binary logarithm, in units of `step`, is the sum of a row's and a column's class.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,7 @@ MAX_CLASSES = 24  # of rows, and of columns
 _ROUNDS = 4
 
 
-@dataclass(frozen=True)
-class Classes:
+class Classes(NamedTuple):
     """rows: int32 [rows], columns: int32 [columns], both ≥ 0 and with a smallest of 0."""
 
     rows: np.ndarray

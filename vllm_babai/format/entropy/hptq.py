@@ -26,10 +26,13 @@ from torch import Tensor
 
 from vllm_babai.compiled import parallel_map
 from vllm_babai.errors import FormatError
+from vllm_babai.format.entropy.classes import Classes
+from vllm_babai.format.entropy.code import Code, Stream, Tile, padded
 from vllm_babai.format.entropy.exponents import exponent_bits, pack_exponents, unpack_exponents
-from vllm_babai.format.entropy.model import Model, fit_model, pack_model, unpack_model
+from vllm_babai.format.entropy.probability import CodeModel, fit_code_model, pack_code_model, unpack_code_model
 from vllm_babai.format.entropy.tables import MAX_SHIFT, decoder_table, encoder_table
 from vllm_babai.format.lattice import LatticeWeight
+from vllm_babai.format.window import within
 
 MAGIC = b"BBHQ"
 VERSION = 1
@@ -39,8 +42,6 @@ TILE_WEIGHTS = 1 << 17
 TILE_ROWS = 1 << 15  # at most
 MAX_LANES = 32
 LANE_WEIGHTS = 1 << 14  # of a matrix, per lane, where there are few
-
-Tile = tuple[int, int, int, int]  # row start, row stop, column start, column stop
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Shape:
     def tile(self, index: int) -> Tile:
         """Bounds of a tile."""
         row, column = index // self.across * self.tile_rows, index % self.across * self.tile_columns
-        return row, min(row + self.tile_rows, self.rows), column, min(column + self.tile_columns, self.columns)
+        return Tile(row, min(row + self.tile_rows, self.rows), column, min(column + self.tile_columns, self.columns))
 
     def overlapping(self, rows: slice, columns: slice) -> list[int]:
         """The tiles that hold something of a window, row by row."""
@@ -84,20 +85,21 @@ class Coded:
     """
 
     shape: Shape
-    model: Model
+    model: CodeModel
     exponents: Tensor | None
     scales_crc: int
     ends: np.ndarray
     words: np.ndarray
 
     @cached_property
-    def lut(self) -> np.ndarray:
-        """See `tables.decoder_table`."""
-        return decoder_table(self.model.frequencies)
+    def code(self) -> Code:
+        """With the decoder's table."""
+        table = decoder_table(self.model.frequencies)
+        return Code(table, self.model.offset, self.model.shift, self.shape.lanes)
 
-    def span(self, tile: int) -> tuple[int, int]:
-        """Where a tile's stream begins and ends in the words."""
-        return int(self.ends[tile - 1]) if tile else 0, int(self.ends[tile])
+    def stream(self, tile: int) -> Stream:
+        """The stream of a tile."""
+        return Stream(self.words, int(self.ends[tile - 1]) if tile else 0, int(self.ends[tile]))
 
     def check_scales(self, scales: Tensor) -> None:
         """Raise FormatError when `scales` are not those that the blob was stored with."""
@@ -141,7 +143,7 @@ def predicted_bytes(integers: Tensor, exponents: Tensor | None = None) -> float:
     without coding them; within a few bytes per tile.
     """
     shape = _cut(*integers.shape)
-    bits = fit_model(integers.numpy())[1] + shape.count * (32 + 24 * shape.lanes)
+    bits = fit_code_model(integers.numpy())[1] + shape.count * (32 + 24 * shape.lanes)
     if exponents is not None:
         bits += exponent_bits(exponents)
     return HEADER.size + bits / 8
@@ -153,17 +155,13 @@ def encode_integers(integers: Tensor, scales_crc: int, exponents: Tensor | None 
 
     matrix = np.ascontiguousarray(integers.numpy())
     shape = _cut(*matrix.shape)
-    model, _ = fit_model(matrix)
-    table = encoder_table(model.frequencies)
-    rows, columns = model.classes.rows, model.classes.columns
-
-    def encode(index: int) -> np.ndarray:
-        tile = shape.tile(index)
-        return rans.encode_tile(matrix, tile, rows, columns, table, model.offset, model.shift, shape.lanes)
-
-    streams = parallel_map(encode, range(shape.count))
+    model, _ = fit_code_model(matrix)
+    code = Code(encoder_table(model.frequencies), model.offset, model.shift, shape.lanes)
+    streams = parallel_map(
+        lambda index: rans.encode_tile(matrix, shape.tile(index), model.classes, code), range(shape.count)
+    )
     ends = np.cumsum([len(stream) for stream in streams], dtype="<u4")
-    side = pack_model(model) + (b"" if exponents is None else pack_exponents(exponents))
+    side = pack_code_model(model) + (b"" if exponents is None else pack_exponents(exponents))
     body = b"".join((side, bytes(-(HEADER.size + len(side)) % 4), ends.tobytes(), *(s.tobytes() for s in streams)))
     size = (shape.rows, shape.columns, shape.tile_rows, shape.tile_columns)
     numbers = (VERSION, model.shift, shape.lanes, len(model.codes), exponents is not None)
@@ -174,8 +172,6 @@ def encode_integers(integers: Tensor, scales_crc: int, exponents: Tensor | None 
 
 def read_blob(blob: Tensor) -> Coded:
     """Check a blob's magic, version, CRC and lengths, and take it apart. Raises FormatError."""
-    from vllm_babai.format.entropy import rans
-
     raw = blob.contiguous().numpy().data
     if len(raw) < HEADER.size or raw[:4] != MAGIC:
         raise FormatError("codes blob is truncated or is not one")
@@ -189,7 +185,7 @@ def read_blob(blob: Tensor) -> Coded:
     if min(tile_rows, tile_columns, lanes, contexts) < 1 or lanes > MAX_LANES or shift > MAX_SHIFT:
         raise FormatError("codes blob has a header that no encoder writes")
     shape = Shape(rows, columns, tile_rows, tile_columns, lanes)
-    model, length = unpack_model(body, rows, columns, offset, shift, contexts)
+    model, length = unpack_code_model(body, rows, columns, offset, shift, contexts)
     exponents = None
     if steps:
         exponents, length = unpack_exponents(body, length, columns)
@@ -200,7 +196,7 @@ def read_blob(blob: Tensor) -> Coded:
     words = np.frombuffer(body[start + 4 * shape.count :], "<u2")
     if (np.diff(ends, prepend=0) < 0).any() or (ends[-1] if len(ends) else 0) != len(words):
         raise FormatError("codes blob has tiles that do not fit its length")
-    return Coded(shape, model, exponents, scales_crc, ends, rans.padded(words, lanes))
+    return Coded(shape, model, exponents, scales_crc, ends, padded(words, lanes))
 
 
 def decode_integers(coded: Coded, row_window: slice | None = None, column_window: slice | None = None) -> Tensor:
@@ -209,8 +205,8 @@ def decode_integers(coded: Coded, row_window: slice | None = None, column_window
     Windows need no alignment: the tiles that overlap the window are decoded, then cut. Raises FormatError when a stream
     is damaged, ValueError when the window leaves the matrix.
     """
-    rows = _bounds(row_window, coded.shape.rows, "row")
-    columns = _bounds(column_window, coded.shape.columns, "column")
+    rows = within(row_window, coded.shape.rows, "row")
+    columns = within(column_window, coded.shape.columns, "column")
     decode, integers = _decoder(coded, rows, columns)
     parallel_map(decode, coded.shape.overlapping(rows, columns))
     return torch.from_numpy(np.ascontiguousarray(integers))
@@ -235,19 +231,18 @@ def _decoder(coded: Coded, rows: slice, columns: slice) -> tuple[Callable[[int],
     """A function that decodes one tile, and where the window is when it has been called for all that overlap it."""
     from vllm_babai.format.entropy import rans
 
-    shape, model = coded.shape, coded.model
+    shape, classes = coded.shape, coded.model.classes
     top = rows.start // shape.tile_rows * shape.tile_rows
     left = columns.start // shape.tile_columns * shape.tile_columns
     bottom = min(-(-rows.stop // shape.tile_rows) * shape.tile_rows, shape.rows)
     right = min(-(-columns.stop // shape.tile_columns) * shape.tile_columns, shape.columns)
     covered = np.empty((bottom - top, right - left), np.int16)
-    classes = model.classes.rows[top:], model.classes.columns[left:]
-    common = (*classes, coded.lut, model.offset, model.shift, shape.lanes, covered)
+    classes, code = Classes(classes.rows[top:], classes.columns[left:]), coded.code
 
     def decode(index: int) -> None:
         row_start, row_stop, column_start, column_stop = shape.tile(index)
-        tile = (row_start - top, row_stop - top, column_start - left, column_stop - left)
-        if not rans.decode_tile(coded.words, *coded.span(index), tile, *common):
+        tile = Tile(row_start - top, row_stop - top, column_start - left, column_stop - left)
+        if not rans.decode_tile(coded.stream(index), tile, classes, code, covered):
             raise FormatError(f"codes blob has a damaged stream (tile {index})")
 
     return decode, covered[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
@@ -260,13 +255,6 @@ def _cut(rows: int, columns: int) -> Shape:
     tile_rows = min(max(1, TILE_WEIGHTS // tile_columns // 32) * 32, TILE_ROWS)
     lanes = min(MAX_LANES, 1 << max(0, (rows * columns // LANE_WEIGHTS).bit_length() - 1))
     return Shape(rows, columns, tile_rows, tile_columns, lanes)
-
-
-def _bounds(window: slice | None, size: int, axis: str) -> slice:
-    window = slice(0, size) if window is None else window
-    if not 0 <= window.start <= window.stop <= size:
-        raise ValueError(f"{axis} window {window.start}…{window.stop} leaves a matrix of {size} {axis}s")
-    return window
 
 
 def _scales_crc(scales: Tensor) -> int:

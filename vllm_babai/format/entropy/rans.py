@@ -1,18 +1,23 @@
 """Interleaved rANS over a tile of integers: the compiled loops of HPTQ's entropy code.
 
-A tile is coded row by row. Step by step `lanes` consecutive columns are decoded, each lane with a state of its own and
-all lanes from one stream of 16-bit words: after its symbol a lane whose state fell below 2¹⁶ takes the next word, and
-after that a lane whose symbol was ESCAPE takes its integer. Words are taken in the order of the lanes, so that a warp
-of a GPU finds its own by a prefix sum, and a CPU by one pointer. The stream starts with the states, low word first.
-Every state starts (in the decoder: ends) at 2¹⁶, which tells a good stream from a bad one.
+A tile is coded row by row. In each step `lanes` consecutive columns are decoded. Every lane has a state of its own, and
+all lanes read one stream of 16-bit words: after its symbol a lane whose state fell below 2¹⁶ takes the next word, then
+a lane whose symbol was ESCAPE takes its integer from the next word. Words are taken in the order of the lanes, so that
+a warp of a GPU finds its own by a prefix sum, and a CPU by one pointer. The stream starts with the states, low word
+first. Every state starts at 2¹⁶ in the encoder and therefore ends there in the decoder, which tells a good stream from
+a damaged one. The README of `vllm_babai/format` has the arithmetic of one step.
 
 Source: Duda, Asymmetric numeral systems, arXiv 1311.2540; interleaving: Giesen, arXiv 1402.3392.
 Importing this module imports numba: import it where it is used.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from vllm_babai.compiled import compiled
+from vllm_babai.format.entropy.classes import Classes
+from vllm_babai.format.entropy.code import Code, Stream
 from vllm_babai.format.entropy.rans_vector import LANES as VECTOR
 from vllm_babai.format.entropy.rans_vector import decode_vector
 from vllm_babai.format.entropy.tables import CENTRE, ESCAPE, PRECISION, TOTAL
@@ -21,44 +26,64 @@ INITIAL_STATE = 1 << 16
 u32, u64 = np.uint32, np.uint64
 
 
+class Row(NamedTuple):
+    """One row while it is decoded.
+
+    context: uint32, class of the row. columns: int32 [columns], classes of the columns. integers: int16, takes them.
+    """
+
+    context: int
+    columns: np.ndarray
+    integers: np.ndarray
+
+
+class Lookup(NamedTuple):
+    """A `Code` as the inner loops use it. narrow: uint32, its shift. centre: uint32, the integer of symbol 0."""
+
+    table: np.ndarray
+    narrow: int
+    centre: int
+
+
 @compiled
-def histogram(integers, row_class, column_class, offset, shift, first, last, counts):
+def histogram(integers, classes, offset, shift, first, last, counts):
     """Add the symbols of rows first … last − 1 to counts, int64 [contexts, ESCAPE + 1]."""
     for row in range(first, last):
         for column in range(integers.shape[1]):
             symbol = ((np.int64(integers[row, column]) - offset) >> shift) + CENTRE
             if symbol < 0 or symbol >= ESCAPE:
                 symbol = ESCAPE
-            counts[row_class[row] + column_class[column], symbol] += 1
+            counts[classes.rows[row] + classes.columns[column], symbol] += 1
 
 
 @compiled
-def encode_tile(integers, tile, row_class, column_class, packed, offset, shift, lanes):
+def encode_tile(integers, tile, classes, code):
     """The stream of one tile, uint16 [words].
 
-    integers: int16 [rows, columns]. tile: row start, row stop, column start, column stop. row_class, column_class:
-    int32, their sum is the context. packed: see `tables.encoder_table`.
+    integers: int16 [rows, columns]. tile: `Tile`. classes: `Classes` of the matrix. code: `Code` with an encoder table.
     """
-    row_start, row_stop, column_start, column_stop = tile
-    precision = np.uint64(PRECISION + shift)
-    low_mask = (1 << shift) - 1
+    table, offset, lanes = code.table, code.offset, code.lanes
+    shift, precision = np.uint64(code.shift), np.uint64(PRECISION + code.shift)
+    low_mask = (1 << code.shift) - 1
     state = np.full(lanes, INITIAL_STATE, np.uint64)
-    words = np.empty(2 * (row_stop - row_start) * (column_stop - column_start) + 2 * lanes, np.uint16)
+    words = np.empty(
+        2 * (tile.row_stop - tile.row_start) * (tile.column_stop - tile.column_start) + 2 * lanes, np.uint16
+    )
     position = len(words)
-    steps = (column_stop - column_start + lanes - 1) // lanes
-    for row in range(row_stop - 1, row_start - 1, -1):
+    steps = (tile.column_stop - tile.column_start + lanes - 1) // lanes
+    for row in range(tile.row_stop - 1, tile.row_start - 1, -1):
         for step in range(steps - 1, -1, -1):
-            start = column_start + step * lanes
-            for lane in range(min(lanes, column_stop - start) - 1, -1, -1):
+            start = tile.column_start + step * lanes
+            for lane in range(min(lanes, tile.column_stop - start) - 1, -1, -1):
                 integer = np.int64(integers[row, start + lane])
                 value = integer - offset
-                context = row_class[row] + column_class[start + lane]
-                symbol = (value >> shift) + CENTRE
-                if symbol < 0 or symbol >= ESCAPE or packed[context, symbol] & 0xFFFF == 0:
+                context = classes.rows[row] + classes.columns[start + lane]
+                symbol = (value >> code.shift) + CENTRE
+                if symbol < 0 or symbol >= ESCAPE or table[context, symbol] & 0xFFFF == 0:
                     symbol = ESCAPE
                     position -= 1
                     words[position] = integer & 0xFFFF
-                entry = packed[context, symbol]
+                entry = table[context, symbol]
                 frequency = np.uint64(entry & 0xFFFF)
                 x = state[lane]
                 if x >= frequency << (np.uint64(32) - precision):
@@ -66,7 +91,7 @@ def encode_tile(integers, tile, row_class, column_class, packed, offset, shift, 
                     words[position] = x & np.uint64(0xFFFF)
                     x >>= np.uint64(16)
                 slot = x % frequency + np.uint64(entry >> 16)
-                state[lane] = (x // frequency << precision) | (slot << np.uint64(shift)) | np.uint64(value & low_mask)
+                state[lane] = (x // frequency << precision) | (slot << shift) | np.uint64(value & low_mask)
     for lane in range(lanes - 1, -1, -1):
         position -= 2
         words[position] = state[lane] & np.uint64(0xFFFF)
@@ -75,53 +100,53 @@ def encode_tile(integers, tile, row_class, column_class, packed, offset, shift, 
 
 
 @compiled
-def decode_rows(words, position, end, state, row_class, column_class, lut, offset, shift, out, top, left):
-    """Decode rows of a tile from `position` in words on: the position behind them, or −1 when it is beyond `end`.
+def decode_rows(stream, position, state, classes, code, out, top, left):
+    """Decode rows of a tile from `position` in a stream on: the position after them, or −1 when it is beyond its end.
 
-    words: uint16, with 2 · lanes words or more behind `end`. state: uint32 [lanes], changed in place. row_class,
-    column_class: int32 [rows], [columns] of what is decoded, their sum is the context. lut: see `tables.decoder_table`.
-    out: int16; takes the rows at `top`, `left`.
+    stream: `Stream`. state: uint32 [lanes], changed in place. classes: `Classes` of what is decoded, no more. code:
+    `Code` with a decoder table. out: int16, takes the rows at `top`, `left`.
     """
+    words, column_class = stream.words, classes.columns
     columns, lanes = len(column_class), len(state)
-    narrow, centre = u32(shift), u32(offset - (CENTRE << shift))  # centre: the integer of symbol 0
+    lookup = Lookup(code.table, u32(code.shift), u32(code.offset - (CENTRE << code.shift)))
     entries = np.empty(lanes, np.uint32)
-    for row in range(len(row_class)):
-        context, integers = u32(row_class[row]), out[top + row][left:]
+    for index in range(len(classes.rows)):
+        row = Row(u32(classes.rows[index]), column_class, out[top + index][left:])
         for column in range(0, columns, lanes):
-            if position > end:
+            if position > stream.end:
                 return -1
             lane, active = 0, min(lanes, columns - column)
             while lane + VECTOR <= active:
-                at = decode_vector(
-                    words, position, state, context, column_class, lut, narrow, centre, integers, lane, column + lane
-                )
+                at = decode_vector(words, position, state, row, lookup, lane, column + lane)
                 if at < 0:
                     break
                 position, lane = at, lane + VECTOR
             if lane < active:
                 some, first = (u64(lane), u64(active)), u64(column)
-                look_up(some, state, context, column_class, first, lut, narrow, entries)
-                advance(some, state, entries, centre, narrow, integers, first)
-                position = np.int64(refill(some, state, entries, words, u64(position), integers, first))
+                look_up(some, state, row, first, lookup, entries)
+                advance(some, state, entries, lookup, row, first)
+                position = np.int64(refill(some, state, entries, words, u64(position), row, first))
     return position
 
 
-# Where there is no `decode_vector`, three loops over some lanes, not one: the compiler makes vector instructions of the
+# Where `decode_vector` cannot run, three loops over some lanes, not one: the compiler makes vector instructions of the
 # one in the middle. For the sake of speed, numba is kept from widening integers to 64 bits, by casts; from asking
 # whether an index is negative, by unsigned ones; and from counting references, as slices would make it do.
 
 
 @compiled
-def look_up(some, state, context, column_class, first, lut, narrow, entries):
+def look_up(some, state, row, first, lookup, entries):
     """Entries of the table that the states point to."""
+    table, column_class, narrow, context = lookup.table, row.columns, lookup.narrow, row.context
     for lane in range(some[0], some[1]):
-        table = u32(u32(context + u32(column_class[first + lane])) << u32(PRECISION))
-        entries[lane] = lut[u32(table + u32(u32(state[lane] >> narrow) & u32(TOTAL - 1)))]
+        base = u32(u32(context + u32(column_class[first + lane])) << u32(PRECISION))
+        entries[lane] = table[u32(base + u32(u32(state[lane] >> narrow) & u32(TOTAL - 1)))]
 
 
 @compiled
-def advance(some, state, entries, centre, narrow, integers, first):
-    """The integers of these entries, and the states behind them."""
+def advance(some, state, entries, lookup, row, first):
+    """The integers of these entries, and the states after them."""
+    narrow, centre, integers = lookup.narrow, lookup.centre, row.integers
     low_mask, precision = u32(u32(u32(1) << narrow) - u32(1)), u32(narrow + u32(PRECISION))
     for lane in range(some[0], some[1]):
         entry, x = entries[lane], state[lane]
@@ -132,8 +157,9 @@ def advance(some, state, entries, centre, narrow, integers, first):
 
 
 @compiled
-def refill(some, state, entries, words, position, integers, first):
-    """Take the words that states need, and the integers that were escaped: the position behind those."""
+def refill(some, state, entries, words, position, row, first):
+    """Take the words that states need, and the integers that were escaped: the position after those."""
+    integers = row.integers
     for lane in range(some[0], some[1]):
         x = state[lane]
         # the word is read whether needed or not: a choice of values does not stall where a branch would
@@ -147,77 +173,74 @@ def refill(some, state, entries, words, position, integers, first):
 
 
 @compiled
-def first_state(words, begin, lanes):
+def first_state(stream, lanes):
     """States at the head of a stream, uint32 [lanes]."""
     state = np.empty(lanes, np.uint32)
     for lane in range(lanes):
-        state[lane] = u32(words[begin + 2 * lane]) | (u32(words[begin + 2 * lane + 1]) << u32(16))
+        low, high = stream.words[stream.begin + 2 * lane], stream.words[stream.begin + 2 * lane + 1]
+        state[lane] = u32(low) | (u32(high) << u32(16))
     return state
 
 
 @compiled
-def is_end(position, end, state):
+def is_end(stream, position, state):
     """Whether a good stream ends here, with these states."""
-    return position == end and (state == u32(INITIAL_STATE)).all()
+    return position == stream.end and (state == u32(INITIAL_STATE)).all()
 
 
 @compiled
-def decode_tile(words, begin, end, tile, row_class, column_class, lut, offset, shift, lanes, out):
-    """Decode words begin … end − 1 into out[tile], int16; False when they are no valid stream.
+def decode_tile(stream, tile, classes, code, out):
+    """Decode a stream into out[tile], int16; False when it is not a valid stream.
 
-    words: uint16, with 2 · lanes words or more behind `end`. lut: see `tables.decoder_table`. The other arguments are
-    those of `encode_tile`.
+    classes: `Classes` of `out`. code: `Code` with a decoder table. tile: `Tile`, bounds in `out`.
     """
-    row_start, row_stop, column_start, column_stop = tile
-    if end - begin < 2 * lanes:
+    if stream.end - stream.begin < 2 * code.lanes:
         return False
-    state = first_state(words, begin, lanes)
-    rows, columns = row_class[row_start:row_stop], column_class[column_start:column_stop]
-    position = begin + 2 * lanes
-    position = decode_rows(words, position, end, state, rows, columns, lut, offset, shift, out, row_start, column_start)
-    return is_end(position, end, state)
+    state, position = first_state(stream, code.lanes), stream.begin + 2 * code.lanes
+    of_tile = Classes(
+        classes.rows[tile.row_start : tile.row_stop], classes.columns[tile.column_start : tile.column_stop]
+    )
+    position = decode_rows(stream, position, state, of_tile, code, out, tile.row_start, tile.column_start)
+    return is_end(stream, position, state)
 
 
 @compiled
-def seek_rows(words, begin, end, row_class, column_class, lut, offset, shift, lanes, cuts, positions, states):
-    """Decode a tile, words begin … end − 1, to note where decoding could start again; False when it is no valid stream.
+def seek_rows(stream, classes, code, cuts, positions, states):
+    """Decode the stream of a tile to note where decoding could start again; False when it is not a valid stream.
 
-    row_class, column_class: of the tile. cuts: int64, some of its rows, ascending. positions: int64 [cuts] and states:
-    uint32 [cuts, lanes or more] take what the decoder has in front of those rows. The rest is as in `decode_rows`.
+    classes: `Classes` of the tile. code: `Code` with a decoder table. cuts: int64, some of its rows, ascending.
+    positions: int64 [cuts] and states: uint32 [cuts, lanes or more] take those of the decoder before these rows.
     """
-    if end - begin < 2 * lanes:
+    if stream.end - stream.begin < 2 * code.lanes:
         return False
-    state, position, row = first_state(words, begin, lanes), begin + 2 * lanes, 0
-    unused = np.empty((len(row_class), len(column_class)), np.int16)
+    state, position, row = first_state(stream, code.lanes), stream.begin + 2 * code.lanes, 0
+    unused = np.empty((len(classes.rows), len(classes.columns)), np.int16)
     for cut in range(len(cuts)):
-        rows = row_class[row : cuts[cut]]
-        position = decode_rows(words, position, end, state, rows, column_class, lut, offset, shift, unused, 0, 0)
+        rows = Classes(classes.rows[row : cuts[cut]], classes.columns)
+        position = decode_rows(stream, position, state, rows, code, unused, 0, 0)
         if position < 0:
             return False
-        positions[cut], states[cut, :lanes], row = position, state, cuts[cut]
-    position = decode_rows(words, position, end, state, row_class[row:], column_class, lut, offset, shift, unused, 0, 0)
-    return is_end(position, end, state)
+        positions[cut], states[cut, : code.lanes], row = position, state, cuts[cut]
+    rest = Classes(classes.rows[row:], classes.columns)
+    position = decode_rows(stream, position, state, rest, code, unused, 0, 0)
+    return is_end(stream, position, state)
 
 
 @compiled
-def decode_segments(words, table, states, row_class, column_class, lut, out):
-    """Decode segments into out, int16 [rows, columns]; the other arguments are as in `segments.Segments`.
+def decode_segments(words, segments, states, classes, table, out):
+    """Decode segments into out, int16 [rows, columns]; the other arguments are as in `segments.SegmentedMatrix`.
 
-    words: with 2 · lanes words or more behind the streams.
+    words: with 2 · lanes words or more after the streams.
     """
-    for index in range(len(table)):
-        segment = table[index]
-        state, end = states[index, : segment.lanes].copy(), len(words) - 2 * segment.lanes
-        rows = row_class[segment.row : segment.row + segment.rows]
-        columns = column_class[segment.classes : segment.classes + segment.columns]
+    for index in range(len(segments)):
+        segment = segments[index]
+        state = states[index, : segment.lanes].copy()
+        stream = Stream(words, np.int64(segment.word), len(words) - 2 * segment.lanes)
+        rows = classes.rows[segment.row : segment.row + segment.rows]
+        columns = classes.columns[segment.classes : segment.classes + segment.columns]
         integers = np.empty((len(rows), len(columns)), np.int16)
-        code = lut, segment.offset, segment.shift
-        decode_rows(words, np.int64(segment.word), end, state, rows, columns, *code, integers, 0, 0)
+        code = Code(table, segment.offset, segment.shift, segment.lanes)
+        decode_rows(stream, stream.begin, state, Classes(rows, columns), code, integers, 0, 0)
         first, last = max(segment.column, 0), min(segment.column + segment.columns, out.shape[1])
         inside = integers[:, first - segment.column : last - segment.column]
         out[segment.row : segment.row + len(rows), first:last] = inside
-
-
-def padded(words: np.ndarray, lanes: int) -> np.ndarray:
-    """A writable copy of a stream, uint16, with the room behind it that `decode_tile` asks for."""
-    return np.concatenate((words, np.zeros(2 * lanes, np.uint16)))

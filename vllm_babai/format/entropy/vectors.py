@@ -9,6 +9,8 @@ import numpy as np
 
 from vllm_babai.errors import FormatError
 from vllm_babai.format.entropy import tables
+from vllm_babai.format.entropy.classes import Classes
+from vllm_babai.format.entropy.code import Code, Stream, Tile, padded
 from vllm_babai.format.entropy.tables import CENTRE, ESCAPE
 
 _VECTOR = struct.Struct("<hB")  # centre, Gaussian
@@ -28,14 +30,14 @@ def pack_vectors(vectors: list[np.ndarray]) -> bytes:
     residuals = [vector - centre for vector, (centre, _) in zip(vectors, fitted, strict=True)]
     row = np.concatenate(residuals).astype(np.int16)[None]
     frequencies = np.stack([tables.gaussian(code, 0) for _, code in fitted])
-    common = (_tile(row), np.zeros(1, np.int32), _context([len(vector) for vector in vectors]))
-    words = rans.encode_tile(row, *common, tables.encoder_table(frequencies), 0, 0, 1)
+    code = Code(tables.encoder_table(frequencies), offset=0, shift=0, lanes=1)
+    words = rans.encode_tile(row, _tile(row), _classes([len(vector) for vector in vectors]), code)
     heads = b"".join(_VECTOR.pack(*head) for head in fitted)
     return heads + _STREAM.pack(len(words)) + words.astype("<u2").tobytes()
 
 
 def unpack_vectors(raw: memoryview, position: int, lengths: list[int]) -> tuple[list[np.ndarray], int]:
-    """Vectors, int32, that `pack_vectors` wrote at `position`, and the position behind them.
+    """Vectors, int32, that `pack_vectors` wrote at `position`, and the position after them.
 
     Raises FormatError, struct.error or ValueError when they are damaged.
     """
@@ -45,13 +47,13 @@ def unpack_vectors(raw: memoryview, position: int, lengths: list[int]) -> tuple[
     position += _VECTOR.size * len(lengths)
     (count,) = _STREAM.unpack_from(raw, position)
     position += _STREAM.size
-    words = rans.padded(np.frombuffer(raw, "<u2", count, position), 1)
+    words = padded(np.frombuffer(raw, "<u2", count, position), 1)
     if any(code not in tables.GAUSSIANS for _, code in heads):
         raise FormatError("codes blob has vectors without a Gaussian")
-    lut = tables.decoder_table(np.stack([tables.gaussian(code, 0) for _, code in heads]))
+    table = tables.decoder_table(np.stack([tables.gaussian(code, 0) for _, code in heads]))
     row = np.empty((1, sum(lengths)), np.int16)
-    common = (_tile(row), np.zeros(1, np.int32), _context(lengths))
-    if not rans.decode_tile(words, 0, count, *common, lut, 0, 0, 1, row):
+    code = Code(table, offset=0, shift=0, lanes=1)
+    if not rans.decode_tile(Stream(words, 0, count), _tile(row), _classes(lengths), code, row):
         raise FormatError("codes blob has damaged classes or steps")
     parts = np.split(row[0].astype(np.int32), np.cumsum(lengths)[:-1])
     return [part + centre for part, (centre, _) in zip(parts, heads, strict=True)], position + 2 * count
@@ -66,9 +68,10 @@ def _fit(vector: np.ndarray) -> tuple[int, int, float]:
     return centre, code, bits
 
 
-def _tile(row: np.ndarray) -> tuple[int, int, int, int]:
-    return 0, 1, 0, row.shape[1]
+def _tile(row: np.ndarray) -> Tile:
+    return Tile(0, 1, 0, row.shape[1])
 
 
-def _context(lengths: list[int]) -> np.ndarray:
-    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+def _classes(lengths: list[int]) -> Classes:
+    """Vectors beside each other in one row, each with a context of its own."""
+    return Classes(np.zeros(1, np.int32), np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))

@@ -22,10 +22,10 @@ _TABLE_HEADER = struct.Struct("<2B")  # first symbol, number of symbols
 
 
 @dataclass(frozen=True)
-class Model:
+class CodeModel:
     """What encoder and decoder must agree on before the first symbol.
 
-    offset: subtracted from every integer. shift: low bits stored as they are. classes: see `format.classes`.
+    offset: subtracted from every integer. shift: low bits stored as they are. classes: see `entropy.classes`.
     codes: uint8 [contexts], the Gaussian of each context, or 0 where its table is explicit.
     frequencies: uint32 [contexts, ESCAPE + 1].
     """
@@ -37,7 +37,7 @@ class Model:
     frequencies: np.ndarray
 
 
-def fit_model(integers: np.ndarray) -> tuple[Model, float]:
+def fit_code_model(integers: np.ndarray) -> tuple[CodeModel, float]:
     """The model for int16 [rows, columns] that takes the fewest bits, and those bits: its own and the symbols'."""
     if not integers.size:
         return _fit_tables(integers, 0, 0, one_class(*integers.shape))
@@ -58,7 +58,7 @@ def _centre_and_reach(integers: np.ndarray) -> tuple[int, int]:
     return offset, max(8, 4 * int(np.quantile(np.abs(sample - offset), 0.99)))
 
 
-def _fit_tables(integers: np.ndarray, offset: int, shift: int, classes: Classes) -> tuple[Model, float]:
+def _fit_tables(integers: np.ndarray, offset: int, shift: int, classes: Classes) -> tuple[CodeModel, float]:
     """The best table for every context, and the bits of these tables, the classes and the symbols."""
     codes = np.zeros(classes.contexts, np.uint8)
     frequencies = np.zeros((classes.contexts, ESCAPE + 1), np.uint32)
@@ -66,7 +66,7 @@ def _fit_tables(integers: np.ndarray, offset: int, shift: int, classes: Classes)
     for context, counts in enumerate(_histogram(integers, offset, shift, classes)):
         codes[context], frequencies[context], table_bits = _best_table(counts, shift)
         bits += table_bits
-    return Model(offset, shift, classes, codes, frequencies), bits
+    return CodeModel(offset, shift, classes, codes, frequencies), bits
 
 
 def _class_bits(classes: Classes) -> float:
@@ -91,7 +91,7 @@ def _histogram(integers: np.ndarray, offset: int, shift: int, classes: Classes) 
     def count(first: int) -> np.ndarray:
         counts = np.zeros((classes.contexts, ESCAPE + 1), np.int64)
         last = min(first + height, len(integers))
-        rans.histogram(integers, classes.rows, classes.columns, offset, shift, first, last, counts)
+        rans.histogram(integers, classes, offset, shift, first, last, counts)
         return counts
 
     height = max(1, HISTOGRAM_WEIGHTS // max(1, integers.shape[1]))
@@ -99,7 +99,7 @@ def _histogram(integers: np.ndarray, offset: int, shift: int, classes: Classes) 
     return sum(parallel_map(count, range(0, len(integers), height)), empty)
 
 
-def pack_model(model: Model) -> bytes:
+def pack_code_model(model: CodeModel) -> bytes:
     """Tables and classes as bytes; offset, shift and the number of contexts are the blob header's."""
     parts = [model.codes.tobytes()]
     parts += [_pack_table(table) for code, table in zip(model.codes, model.frequencies, strict=True) if not code]
@@ -108,8 +108,10 @@ def pack_model(model: Model) -> bytes:
     return b"".join(parts)
 
 
-def unpack_model(raw: memoryview, rows: int, columns: int, offset: int, shift: int, contexts: int) -> tuple[Model, int]:
-    """Read what `pack_model` wrote at the start of `raw`: the model, and how many bytes it took. Raises FormatError."""
+def unpack_code_model(
+    raw: memoryview, rows: int, columns: int, offset: int, shift: int, contexts: int
+) -> tuple[CodeModel, int]:
+    """The model that `pack_code_model` wrote at the start of `raw`, and how many bytes it takes. Raises FormatError."""
     try:
         codes = np.frombuffer(raw, np.uint8, contexts).copy()
         position = contexts
@@ -127,7 +129,7 @@ def unpack_model(raw: memoryview, rows: int, columns: int, offset: int, shift: i
         raise FormatError(f"codes blob has a damaged model: {error}") from error
     if classes.contexts > contexts or min(classes.rows.min(initial=0), classes.columns.min(initial=0)) < 0:
         raise FormatError(f"codes blob has classes outside the {contexts} contexts of its header")
-    return Model(offset, shift, classes, codes, frequencies), position
+    return CodeModel(offset, shift, classes, codes, frequencies), position
 
 
 def _pack_table(frequency: np.ndarray) -> bytes:
