@@ -1,7 +1,7 @@
 """The run over a whole model: capture → factor → nearest plane → encode → checkpoint, block by block."""
 
 import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +237,8 @@ class _Run:
         """Give a block the weights that an interrupted run has already quantized."""
         stored, form = self.output.read_block(index), FORMATS[self.options.format]
         for name, linear in linears.items():
-            parts = {field.name: stored[f"{name}.{field.name}"] for field in fields(form)}
-            _replace(linear, form(**parts).decode().dequantize())
+            parts = {key: stored[f"{name}.{key}"] for key in form.dtypes}
+            _replace(linear, form.from_tensors(parts).decode().dequantize())
         if self.options.format == "hptq":
             for report in self.output.read_reports(index):
                 self.budget.spend(report)

@@ -1,7 +1,6 @@
 """From a checkpoint, dense or quantized, back to dense weights."""
 
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_babai.errors import QuantizationError
-from vllm_babai.format import FORMATS, SSQR, CheckpointConfig, FormatError, LatticeWeight, integer_range
+from vllm_babai.format import FORMATS, CheckpointConfig, FormatError, LatticeWeight
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
 
 Stored = tuple[str, LatticeWeight, dict[str, Tensor], tuple[int, int] | None]
@@ -30,15 +29,14 @@ def stored_linears(checkpoint: Checkpoint, names: list[str] | None = None) -> It
         form = FORMATS[CheckpointConfig.from_dict(raw).format]
     except (FormatError, KeyError) as error:
         raise QuantizationError(f"{checkpoint.folder}: its quantization_config cannot be read: {error}") from error
-    first, *_ = keys = tuple(field.name for field in fields(form))
+    first, *_ = keys = tuple(form.dtypes)
     for name in sorted(checkpoint.files) if names is None else names:
         linear, _, key = name.rpartition(".")
         if key == first:
             parts = {key: checkpoint.read(f"{linear}.{key}") for key in keys}
-            stored = form(**parts)
             try:
-                dense_range = integer_range(stored.bits) if isinstance(stored, SSQR) else None
-                yield linear, stored.decode(), parts, dense_range
+                stored = form.from_tensors(parts)
+                yield linear, stored.decode(), parts, stored.dense_range
             except FormatError as error:
                 raise QuantizationError(f"{linear}: {error}") from error
 

@@ -1,11 +1,11 @@
 """quantization_config: round trip, overrides, and an error for every field at fault."""
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from vllm_babai.format import FORMATS, CheckpointConfig, FormatError, LayerScheme
-from vllm_babai.format.config import FORMAT_NAMES
 
 CONFIG = CheckpointConfig(
     "ssqr", 4, 128, ignore=["lm_head"], overrides={"model.layers.0.mlp.down_proj": {"bits": 8, "group_size": -1}}
@@ -19,8 +19,11 @@ def test_round_trip() -> None:
     assert CheckpointConfig.from_dict(raw) == CONFIG
 
 
-def test_every_format_has_its_name() -> None:
-    assert tuple(FORMATS) == FORMAT_NAMES
+def test_every_format_has_its_name_and_a_dtype_for_each_stored_tensor() -> None:
+    assert tuple(FORMATS) == ("ssqr", "hptq")
+    for name, form in FORMATS.items():
+        assert form.name == name
+        assert tuple(form.dtypes) == tuple(field.name for field in fields(form))  # type: ignore[arg-type]
 
 
 def test_scheme_of_a_layer() -> None:

@@ -1,15 +1,15 @@
 """Checkpoint formats: encode and decode lattice points. Needs neither vllm nor triton, numba only to code."""
 
 from vllm_babai.errors import FormatError
+from vllm_babai.format.base import Format
 from vllm_babai.format.config import CheckpointConfig, LayerScheme
 from vllm_babai.format.dense_sparse.overflow import Overflow, decode_overflow, read_header
 from vllm_babai.format.dense_sparse.packing import pack, packed_bytes, unpack
 from vllm_babai.format.dense_sparse.ssqr import SSQR
 from vllm_babai.format.entropy.hptq import HPTQ, predicted_bytes
 from vllm_babai.format.lattice import BIT_WIDTHS, LatticeWeight, integer_range
+from vllm_babai.format.registry import FORMATS
 from vllm_babai.format.steps import column_factors, step_exponents
-
-FORMATS = {"ssqr": SSQR, "hptq": HPTQ}
 
 __all__ = [
     "BIT_WIDTHS",
@@ -17,6 +17,7 @@ __all__ = [
     "HPTQ",
     "SSQR",
     "CheckpointConfig",
+    "Format",
     "FormatError",
     "LatticeWeight",
     "LayerScheme",

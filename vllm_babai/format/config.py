@@ -4,11 +4,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllm_babai.errors import FormatError
-from vllm_babai.format.lattice import BIT_WIDTHS
+from vllm_babai.format.registry import FORMATS
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "babai"
-FORMAT_NAMES = ("ssqr", "hptq")
 GROUP_SIZES = (-1, 32, 64, 128)
 RESIDENCIES = ("packed", "coded")
 
@@ -47,11 +46,14 @@ class CheckpointConfig:
         return LayerScheme(**fields)
 
     def check_residency(self) -> None:
-        """Raise FormatError for a residency that there is not, or not of this format."""
+        """Raise FormatError for an unknown residency, or one that this format does not have."""
         if self.residency not in RESIDENCIES:
             raise FormatError(f"residency is {self.residency!r}; this version knows {RESIDENCIES}")
-        if self.residency == "coded" and self.format != "hptq":
-            raise FormatError(f"residency 'coded' is for checkpoints of format 'hptq'; this one is {self.format!r}")
+        if self.residency not in FORMATS[self.format].residencies:
+            able = " or ".join(repr(form.name) for form in FORMATS.values() if self.residency in form.residencies)
+            raise FormatError(
+                f"residency {self.residency!r} is for checkpoints of format {able}; this one is {self.format!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json."""
@@ -71,8 +73,8 @@ class CheckpointConfig:
         if unknown or missing:
             raise FormatError(f"quantization_config has unknown fields {sorted(unknown)}, lacks {sorted(missing)}")
         config = cls(**fields)
-        if config.format not in FORMAT_NAMES:
-            raise FormatError(f"format is {config.format!r}; this version reads {FORMAT_NAMES}")
+        if config.format not in FORMATS:
+            raise FormatError(f"format is {config.format!r}; this version reads {tuple(FORMATS)}")
         config.check_residency()
         known = LayerScheme.__dataclass_fields__.keys()
         for name, override in config.overrides.items():
@@ -82,8 +84,9 @@ class CheckpointConfig:
                 )
         for name in ("", *config.overrides):
             scheme, owner = config.scheme(name), name or "the checkpoint"
-            if config.format == "ssqr" and scheme.bits not in BIT_WIDTHS:
-                raise FormatError(f"bits of {owner} is {scheme.bits}; this version reads {BIT_WIDTHS}")
+            widths = FORMATS[config.format].bit_widths
+            if widths is not None and scheme.bits not in widths:
+                raise FormatError(f"bits of {owner} is {scheme.bits}; this version reads {widths}")
             if scheme.group_size not in GROUP_SIZES:
                 raise FormatError(f"group_size of {owner} is {scheme.group_size}; this version reads {GROUP_SIZES}")
         return config

@@ -2,35 +2,47 @@
 
 import zlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vllm_babai.errors import FormatError
+from vllm_babai.format.base import Format
 from vllm_babai.format.dense_sparse.overflow import decode_overflow, encode_overflow, read_header
 from vllm_babai.format.dense_sparse.packing import pack, unpack
-from vllm_babai.format.lattice import MAX_INTEGER, LatticeWeight, integer_range
+from vllm_babai.format.lattice import BIT_WIDTHS, MAX_INTEGER, LatticeWeight, integer_range
 
 
 @dataclass(frozen=True)
-class SSQR:
+class SSQR(Format):
     """One linear layer as it lies on disk.
 
-    qweight: uint8 [out_features, packed_bytes(in_features, bits)], see `format.packing`.
+    qweight: uint8 [out_features, packed_bytes(in_features, bits)], see `dense_sparse.packing`.
     scales: bfloat16 [out_features, groups].
-    overflow: uint8 [bytes], see `format.overflow`.
+    overflow: uint8 [bytes], see `dense_sparse.overflow`.
     """
+
+    name: ClassVar[str] = "ssqr"
+    dtypes: ClassVar[dict[str, torch.dtype]] = {
+        "qweight": torch.uint8,
+        "scales": torch.bfloat16,
+        "overflow": torch.uint8,
+    }
+    bit_widths: ClassVar[tuple[int, ...] | None] = BIT_WIDTHS
 
     qweight: Tensor
     scales: Tensor
     overflow: Tensor
 
     @classmethod
-    def encode(cls, weight: LatticeWeight, bits: int) -> "SSQR":
+    def encode(cls, weight: LatticeWeight, bits: int | None = None) -> "SSQR":
         """Store a lattice point with `bits` dense bits per weight; exact for any |z| ≤ 2¹⁵ − 1.
 
-        Raises ValueError when the columns have steps of their own.
+        Raises ValueError when no width is given, or the columns have steps of their own.
         """
+        if bits is None:
+            raise ValueError(f"SSQR needs a width: one of {BIT_WIDTHS}")
         if weight.column_exponents is not None:
             raise ValueError("SSQR holds no steps of columns")
         if weight.integers.numel() and weight.integers.min() < -MAX_INTEGER:  # int16 itself ends at +MAX_INTEGER
@@ -58,13 +70,9 @@ class SSQR:
         return LatticeWeight(integers, self.scales)
 
     @property
-    def bits(self) -> int:
-        """Dense bits per weight. Raises FormatError like `decode`."""
-        return read_header(self.overflow).bits
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Name → tensor, as stored in safetensors below the linear's own name."""
-        return {"qweight": self.qweight, "scales": self.scales, "overflow": self.overflow}
+    def dense_range(self) -> tuple[int, int]:
+        """Smallest and largest integer of the dense part. Raises FormatError."""
+        return integer_range(read_header(self.overflow).bits)
 
 
 def dense_crc(qweight: Tensor, scales: Tensor) -> int:

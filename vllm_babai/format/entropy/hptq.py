@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from vllm_babai.compiled import parallel_map
 from vllm_babai.errors import FormatError
+from vllm_babai.format.base import Format
 from vllm_babai.format.entropy.classes import Classes
 from vllm_babai.format.entropy.code import Code, Stream, Tile, padded
 from vllm_babai.format.entropy.exponents import exponent_bits, pack_exponents, unpack_exponents
@@ -108,18 +110,22 @@ class Coded:
 
 
 @dataclass(frozen=True)
-class HPTQ:
+class HPTQ(Format):
     """One linear layer as it lies on disk.
 
     codes: uint8 [bytes], the blob. scales: bfloat16 [1 or out_features, groups].
     """
 
+    name: ClassVar[str] = "hptq"
+    dtypes: ClassVar[dict[str, torch.dtype]] = {"codes": torch.uint8, "scales": torch.bfloat16}
+    residencies: ClassVar[tuple[str, ...]] = ("packed", "coded")
+
     codes: Tensor
     scales: Tensor
 
     @classmethod
-    def encode(cls, weight: LatticeWeight) -> "HPTQ":
-        """Store a lattice point; exact for any int16 integers."""
+    def encode(cls, weight: LatticeWeight, bits: int | None = None) -> "HPTQ":
+        """Store a lattice point; exact for any int16 integers. There are no dense bits: `bits` changes nothing."""
         scales = weight.scales.contiguous()
         return cls(encode_integers(weight.integers, _scales_crc(scales), weight.column_exponents), scales)
 
@@ -132,10 +138,6 @@ class HPTQ:
     def decode_window(self, row_window: slice | None = None, column_window: slice | None = None) -> Tensor:
         """Integers of some rows and columns alone, see `decode_integers`."""
         return decode_integers(read_blob(self.codes), row_window, column_window)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Name → tensor, as stored in safetensors below the linear's own name."""
-        return {"codes": self.codes, "scales": self.scales}
 
 
 def predicted_bytes(integers: Tensor, exponents: Tensor | None = None) -> float:

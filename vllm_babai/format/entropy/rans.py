@@ -29,20 +29,20 @@ u32, u64 = np.uint32, np.uint64
 class Row(NamedTuple):
     """One row while it is decoded.
 
-    context: uint32, class of the row. columns: int32 [columns], classes of the columns. integers: int16, takes them.
+    context: class of the row. columns: int32 [columns], classes of the columns. integers: int16, takes them.
     """
 
-    context: int
+    context: np.uint32
     columns: np.ndarray
     integers: np.ndarray
 
 
 class Lookup(NamedTuple):
-    """A `Code` as the inner loops use it. narrow: uint32, its shift. centre: uint32, the integer of symbol 0."""
+    """A `Code` as the inner loops use it. narrow: its shift. centre: the integer of symbol 0."""
 
     table: np.ndarray
-    narrow: int
-    centre: int
+    narrow: np.uint32
+    centre: np.uint32
 
 
 @compiled
@@ -235,7 +235,7 @@ def decode_segments(words, segments, states, classes, table, out):
     for index in range(len(segments)):
         segment = segments[index]
         state = states[index, : segment.lanes].copy()
-        stream = Stream(words, np.int64(segment.word), len(words) - 2 * segment.lanes)
+        stream = Stream(words, int(segment.word), len(words) - 2 * segment.lanes)
         rows = classes.rows[segment.row : segment.row + segment.rows]
         columns = classes.columns[segment.classes : segment.classes + segment.columns]
         integers = np.empty((len(rows), len(columns)), np.int16)

@@ -1,0 +1,53 @@
+"""What a checkpoint format is: one small class, listed in `format.registry`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from vllm_babai.errors import FormatError
+from vllm_babai.format.lattice import LatticeWeight
+
+
+class Format(ABC):
+    """One linear as a checkpoint stores it. A subclass is a frozen dataclass whose fields are the stored tensors.
+
+    name: in `quantization_config` and on the command line. dtypes: of the stored tensors, by name, in the order of the
+    fields. bit_widths: what `bits` may be, or None where the format has no dense bits. residencies: how vLLM may hold
+    such a linear in memory.
+    """
+
+    name: ClassVar[str]
+    dtypes: ClassVar[dict[str, torch.dtype]]
+    bit_widths: ClassVar[tuple[int, ...] | None] = None
+    residencies: ClassVar[tuple[str, ...]] = ("packed",)
+
+    @classmethod
+    @abstractmethod
+    def encode(cls, weight: LatticeWeight, bits: int | None = None) -> Self:
+        """Store a lattice point exactly. Raises ValueError for one that the format cannot hold."""
+
+    @abstractmethod
+    def decode(self) -> LatticeWeight:
+        """The stored lattice point. Raises FormatError for anything truncated or corrupt."""
+
+    @property
+    def dense_range(self) -> tuple[int, int] | None:
+        """Smallest and largest integer of the dense part; None where the format has none. Raises FormatError."""
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name → tensor, as stored in safetensors below the linear's own name."""
+        return {name: getattr(self, name) for name in self.dtypes}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The reverse of `tensors`. Raises FormatError for a tensor that is missing or of another dtype."""
+        for name, dtype in cls.dtypes.items():
+            if name not in tensors:
+                raise FormatError(f"the checkpoint lacks {name}")
+            if tensors[name].dtype != dtype:
+                raise FormatError(f"{name} has dtype {tensors[name].dtype}, but the format needs {dtype}")
+        return cls(**{name: tensors[name] for name in cls.dtypes})

@@ -1,0 +1,7 @@
+"""The checkpoint formats that this version reads and writes. To add one, see the README beside this file."""
+
+from vllm_babai.format.base import Format
+from vllm_babai.format.dense_sparse.ssqr import SSQR
+from vllm_babai.format.entropy.hptq import HPTQ
+
+FORMATS: dict[str, type[Format]] = {form.name: form for form in (SSQR, HPTQ)}
