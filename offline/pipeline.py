@@ -227,11 +227,11 @@ class _Run:
             weight = corrected(weight, factor, drift)
         if options.format == "hptq":
             rate = self.budget.next_rate(name, weight.numel())
-            return quantize_hptq(name, weight, lattice, options.order, rate, options.seed, column_exponents)
+            return quantize_hptq(name, weight, lattice, rate, options.seed, column_exponents)
         bits, overflow = options.bits, options.overflow
         if name in self.plan:
             bits, overflow = self.plan[name].bits or bits, self.plan[name].overflow or overflow
-        return quantize_ssqr(name, weight, lattice, options.order, bits, options.group_size, overflow, options.seed)
+        return quantize_ssqr(name, weight, lattice, bits, options.group_size, overflow, options.seed)
 
     def _restore(self, index: int, linears: dict[str, nn.Linear]) -> None:
         """Give a block the weights that an interrupted run has already quantized."""

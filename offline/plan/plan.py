@@ -134,10 +134,11 @@ def plan_widths(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:
 
 
 def _best_overflow(linear: Forecast, bits: int, price: float) -> PlannedLinear:
-    overflow = linear.overflow[bits].clamp(MOST_OVERFLOW / 100, 1.0)
+    table = linear.overflow[bits]
+    overflow = table.shares.clamp(MOST_OVERFLOW / 100, 1.0)
     positions = (torch.special.entr(overflow) + torch.special.entr(1 - overflow)) / math.log(2)
     rates = bits + SCALE_BITS / linear.columns + positions + EXCESS_BITS[bits] * overflow
-    losses = linear.row_losses()[:, None] * (1 + linear.kept[bits])
+    losses = linear.row_losses()[:, None] * (1 + table.kept)
     cost = losses + price * linear.weights * rates
     cost[overflow > MOST_OVERFLOW] = torch.inf
     best = int(cost.argmin())

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vllm_babai.offline.model.capture import advance, batches, run_block
 from vllm_babai.offline.model.streamed import StreamedModel
-from vllm_babai.offline.solver.joint_plane import ROW_DAMPING, RowGeometry, independent_rows, row_geometry
+from vllm_babai.offline.solver.row_geometry import ROW_DAMPING, RowGeometry, independent_rows, row_geometry
 
 ROW_BLOCK = 256
 HEAD = "head.safetensors"

@@ -1,8 +1,8 @@
-"""Steps of columns for HPTQ: water-filling, and where it pays.
+"""Column steps for HPTQ: water-filling, and where it pays.
 
 With a step s_j for every column the error is Σ s_j² D_j / 12 and the rate Σ log₂(σ_j / s_j). Where every column has
-bits to spare, s_j ∝ D_j^(−1/2) is best: all columns then share the error alike (water-filling; arXiv 2603.04956). At
-two or three bits some columns have none, and half the exponent does better.
+bits to spare, s_j ∝ D_j^(−1/2) is best: the error is then the same in every column (water-filling; arXiv 2603.04956).
+At two or three bits some columns have no bits to spare, and half that exponent does better.
 """
 
 import math
@@ -15,8 +15,12 @@ from vllm_babai.format import step_exponents
 from vllm_babai.offline.scales.hptq import draft
 from vllm_babai.offline.solver.factor import Factor
 
-EXPONENT = 0.5  # of water-filling; ½ was better than 0 and 1 on the reference model
-LEAST_GAIN = 0.01  # of the error: what scaling the inputs while serving has to be worth
+# Share of water-filling's exponent. ½ was better than 0 and 1 by the loss of the reference model:
+# `python tests/benchmarks/constants.py EXPONENT`.
+EXPONENT = 0.5
+# Relative decrease of the error below which linears keep one step: serving has to scale the inputs for column steps.
+# A choice: no GPU has measured what the scaling costs.
+LEAST_GAIN = 0.01
 
 
 def water_filling(factor: Factor) -> Tensor:
@@ -28,8 +32,9 @@ def water_filling(factor: Factor) -> Tensor:
 
 @dataclass(frozen=True)
 class ColumnSteps:
-    """exponents: int16 [in] of the columns' steps, see `format.steps`. errors: of each linear at its rate, over that
-    with one step for all columns.
+    """Column steps for linears that share an input.
+
+    exponents: int16 [in], see `format.steps`. errors: of each linear at its rate, over that with one step.
     """
 
     exponents: Tensor
@@ -37,10 +42,10 @@ class ColumnSteps:
 
 
 def choose_column_steps(weights: list[Tensor], factor: Factor, rates: list[float], seed: int) -> ColumnSteps | None:
-    """Steps of the columns for linears that share an input, if predicted to pay; None where one step is as good.
+    """Column steps for linears that share an input, if predicted to pay; None where one step is as good.
 
-    What the steps take to store counts, so that linears of few rows keep one step. One choice for all, as vLLM may fuse
-    them and has then one input to scale. weights: [out, n] each. rates: bits per weight of each.
+    The bits of the steps themselves are counted, so linears of few rows keep one step. All linears get the same choice:
+    vLLM may fuse them, and then scales one input. weights: [out, n] each. rates: bits per weight of each.
     """
     exponents = water_filling(factor)
     errors = []

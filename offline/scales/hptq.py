@@ -7,21 +7,29 @@ import torch
 from torch import Tensor
 
 from vllm_babai.format import column_factors, predicted_bytes
+from vllm_babai.offline.scales.solution import Solution
+from vllm_babai.offline.solver.expected import expected_targets
 from vllm_babai.offline.solver.factor import Factor
 from vllm_babai.offline.solver.lattice import Lattice
-from vllm_babai.offline.solver.nearest_plane import Rounding, Solution, expected_targets
+from vllm_babai.offline.solver.nearest_plane import Rounding
+from vllm_babai.offline.solver.solve import solve
 
-MAX_PASSES = 4
-GUESSES = 3
-RATE_TOLERANCE = 0.002
-RELATIVE_PRICE = 0.5  # of a bit, over the rate-distortion slope; best of 0, ½ and 1 on the reference model
+# Price of a bit, over the rate-distortion slope. Best of 0, ½ and 1 by the loss of the reference model:
+# `python tests/benchmarks/quality.py`, "code-aware rounding" against "plain"; `constants.py RELATIVE_PRICE` beside it.
+RELATIVE_PRICE = 0.5
+# Choices that were not measured one by one. What a linear misses of its rate goes to the next (`plan.budget`), so the
+# tolerance need not be small; a pass of the solver costs more than all guesses together.
+RATE_TOLERANCE = 0.002  # relative: a rate this close to what was asked for ends the search
+MAX_PASSES = 4  # of the solver
+GUESSES = 3  # on drawn targets, before the first pass
+SLOPES = (0.4, 1.2)  # bits that an octave of the step may cost: 1 at many bits, less as integers become 0
 
 
 @dataclass
-class _Search:
-    """Secant search for the octave (binary logarithm of the step) at which a matrix codes to `rate`.
+class StepSearch:
+    """Secant search for the octave (binary logarithm of the step) at which a matrix codes to `rate` bits per weight.
 
-    slope: bits that an octave costs, 1 where there are many. last: the octave and rate before, if comparable.
+    slope: bits that an octave costs. last: octave and rate of the step tried before, None before the first.
     """
 
     rate: float
@@ -34,10 +42,10 @@ class _Search:
         return torch.tensor([[2.0**self.octave]], device=weight.device).to(torch.bfloat16).float()
 
     def move(self, reached: float) -> None:
-        """Go on from the rate that the step reached."""
+        """Choose the next octave from the rate that the last one reached."""
         if self.last is not None and self.last[0] != self.octave:
             secant = (self.last[1] - reached) / (self.octave - self.last[0])
-            self.slope = min(max(secant, 0.4), 1.2)
+            self.slope = min(max(secant, SLOPES[0]), SLOPES[1])
         self.last = (self.octave, reached)
         self.octave += (reached - self.rate) / self.slope
 
@@ -46,8 +54,8 @@ class _Search:
 class Draft:
     """What nearest plane is expected to find, without running it.
 
-    octave: of the step at which the matrix codes to the rate. slope: bits that an octave costs there. targets: draws of
-    the targets, [n, out]. error: expected at exactly the rate, every row counting alike.
+    octave: of the step at which the matrix codes to the rate. slope: bits that an octave costs there. targets: a draw
+    of the targets, [n, out]. error: expected at exactly the rate, all rows counting alike.
     """
 
     octave: float
@@ -57,11 +65,11 @@ class Draft:
 
 
 def draft(weight: Tensor, factor: Factor, rate: float, seed: int, exponents: Tensor | None = None) -> Draft:
-    """Seek the step on draws of the targets that nearest plane is expected to meet; arguments as in `search_rate`."""
+    """Look for the step on draws of the targets that nearest plane is expected to meet; see `search_rate`."""
     relative = relative_steps(factor, exponents).to(weight.device)
     spread = float(weight.std()) or 1.0
     octave = math.log2(spread * math.sqrt(2 * math.pi * math.e)) - rate - float(relative.log2().mean())
-    search = _Search(rate, octave)
+    search = StepSearch(rate, octave)
     for guess in range(GUESSES):
         steps = search.step(weight) * relative
         targets, _ = expected_targets(weight, steps, factor, seed + guess)
@@ -73,21 +81,21 @@ def draft(weight: Tensor, factor: Factor, rate: float, seed: int, exponents: Ten
 
 
 def search_rate(weight: Tensor, lattice: Lattice, rate: float, seed: int, exponents: Tensor | None = None) -> Solution:
-    """Solve with the step at which the matrix codes to `rate` bits per weight, tables and all steps included.
+    """Solve with the step at which the matrix codes to `rate` bits per weight, tables and all steps counted.
 
-    weight: [n, out] in the columns' order. exponents: int16 [n] of the columns' relative steps, see `format.steps`, in
-    the order of the features; None: one step for the whole matrix.
+    weight: float32 [n, out] in the columns' order. exponents: int16 [n] of the column steps, see `format.steps`, in the
+    order of the features; None: one step for the whole matrix.
     """
     factor = lattice.columns
     relative = relative_steps(factor, exponents).to(weight.device)
     drafted = draft(weight, factor, rate, seed, exponents)
-    targets, search = drafted.targets, _Search(rate, drafted.octave, drafted.slope)
+    targets, search = drafted.targets, StepSearch(rate, drafted.octave, drafted.slope)
     passes, missed = 0, True
     while missed and passes < MAX_PASSES:
         step = search.step(weight)
         steps = step * relative
         shrinkage = code_shrinkage(targets, steps, factor)
-        plane = lattice.solve(weight, steps, Rounding(shrinkage))
+        plane = solve(weight, lattice, steps, Rounding(shrinkage))
         reached = coded_rate(plane.integers, exponents)
         missed = abs(reached - rate) > RATE_TOLERANCE * rate
         search.move(reached)
@@ -105,13 +113,13 @@ def relative_steps(factor: Factor, exponents: Tensor | None) -> Tensor:
 
 
 def code_shrinkage(targets: Tensor, steps: Tensor, factor: Factor) -> Tensor:
-    """Factor [n, out] by which to shrink targets, so that rounding weighs their distortion against their code.
+    """Factor [n, out] by which to shrink targets, so that rounding weighs their distortion against their code length.
 
-    A target of variance v codes z to log₂e z²/2(v/s²) bits more than 0, so that D s²(t/s − z)² + λ·bits is least at
+    z of a target of variance v takes log₂e z²/2(v/s²) bits more than 0, so D s²(t/s − z)² + λ·bits is least at
     z = t/s / (1 + λ log₂e/2 /(D v)). At the rate-distortion slope λ = 2 ln2 E, E being the mean of s²D/12 over the
     layer, the last term is E/(D v): the layer's mean distortion over the signal. RELATIVE_PRICE is λ over that slope.
-    The variance is fitted as a row's times a column's, as the code fits it. targets: [n, out], the expected ones.
-    steps: [1 or n, 1].
+    The variance is fitted as a row's times a column's, like the probability model of the format. targets: [n, out], the
+    expected ones. steps: [1 or n, 1].
     """
     energy = targets.square()
     variance = energy.mean(1, keepdim=True) * energy.mean(0, keepdim=True) / energy.mean().clamp_min(1e-30)

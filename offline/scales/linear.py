@@ -1,4 +1,4 @@
-"""One linear layer: target weight and factored Hessian → lattice point, stored form and report."""
+"""One linear: target weight and factored Hessian → lattice point, stored form and report."""
 
 import time
 from dataclasses import dataclass, replace
@@ -9,10 +9,12 @@ from torch import Tensor
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import HPTQ, SSQR, LatticeWeight
 from vllm_babai.offline.scales.hptq import search_rate
-from vllm_babai.offline.scales.ssqr import overflow_rate, search_overflow
-from vllm_babai.offline.solver.factor import Factor
+from vllm_babai.offline.scales.solution import Solution
+from vllm_babai.offline.scales.ssqr import overflow_share, search_overflow
+from vllm_babai.offline.solver.expected import error, expected_error
+from vllm_babai.offline.solver.factor import Factor, Order
 from vllm_babai.offline.solver.lattice import Lattice
-from vllm_babai.offline.solver.nearest_plane import Solution
+from vllm_babai.offline.solver.solve import paths_gain
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,11 @@ class LayerReport:
     """What is known about a quantized linear. Errors are as `Lattice` counts them, damping included; W is the target,
     which with drift correction is not quite the original weight.
 
-    predicted_error: ¹⁄₁₂ Σ s²D, less what several paths gain, and what rounding otherwise than to the nearest integer
-    adds. measured_error: of W − Ŵ.
-    bound: ¼ Σ s²D, None with such rounding. relative_error: measured, over that of W. passes: runs of nearest plane
-    that the search for scales took. bits, group_size, overflow_rate: None in HPTQ.
+    bits, group_size, overflow_share: None in HPTQ. damping: see `Factor`.
+    predicted_error: ¹⁄₁₂ Σ s²D, less what several paths gain, plus the cost of rounding away from the nearest integer.
+    measured_error: of W − Ŵ. relative_error: the same, over that of W.
+    bound: ¼ Σ s²D; None where rounding is not to the nearest integer.
+    passes: how often the search for scales ran nearest plane. seconds: of the search and of encoding.
     """
 
     name: str
@@ -32,8 +35,8 @@ class LayerReport:
     bits: int | None
     group_size: int | None
     bits_per_weight: float
-    overflow_rate: float | None
-    order: str
+    overflow_share: float | None
+    order: Order
     damping: float
     predicted_error: float
     measured_error: float
@@ -53,11 +56,11 @@ class QuantizedLinear:
 
 
 def quantize_ssqr(
-    name: str, weight: Tensor, lattice: Lattice, order: str, bits: int, group_size: int, overflow: float, seed: int
+    name: str, weight: Tensor, lattice: Lattice, bits: int, group_size: int, overflow: float, seed: int
 ) -> QuantizedLinear:
-    """Quantize `weight` [out, in] to SSQR with a share `overflow` of sparse weights.
+    """Quantize `weight` [out, in] to SSQR with a share `overflow` of sparse weights; group_size −1: a scale per row.
 
-    Raises QuantizationError that names the layer when the group size does not divide in_features.
+    Raises QuantizationError that names the linear when the group size does not divide in_features.
     """
     started = time.perf_counter()
     columns = weight.shape[1]
@@ -67,32 +70,31 @@ def quantize_ssqr(
     basis_weight = _to_basis(weight, lattice.columns)
     solution = search_overflow(basis_weight, lattice, groups, bits, overflow, seed)
     point = _from_basis(solution, lattice.columns)
-    stored = SSQR.encode(point, bits)
-    rate = overflow_rate(solution.plane.integers, bits)
-    report = _report(name, basis_weight, solution, lattice, order, stored.tensors(), started, bits, group_size, rate)
-    return QuantizedLinear(stored.tensors(), point, report)
+    tensors = SSQR.encode(point, bits).tensors()
+    report = replace(
+        _report(name, basis_weight, lattice, solution, tensors),
+        bits=bits,
+        group_size=group_size,
+        overflow_share=overflow_share(solution.plane.integers, bits),
+        seconds=time.perf_counter() - started,
+    )
+    return QuantizedLinear(tensors, point, report)
 
 
 def quantize_hptq(
-    name: str,
-    weight: Tensor,
-    lattice: Lattice,
-    order: str,
-    rate: float,
-    seed: int,
-    column_exponents: Tensor | None = None,
+    name: str, weight: Tensor, lattice: Lattice, rate: float, seed: int, column_exponents: Tensor | None = None
 ) -> QuantizedLinear:
     """Quantize `weight` [out, in] to HPTQ at `rate` bits per weight, everything stored counted.
 
-    column_exponents: int16 [in] of the columns' relative steps, see `format.steps`; None: one step for all.
+    column_exponents: int16 [in] of the column steps, see `format.steps`; None: one step for all columns.
     """
     started = time.perf_counter()
     basis_weight = _to_basis(weight, lattice.columns)
     solution = search_rate(basis_weight, lattice, rate, seed, column_exponents)
     point = replace(_from_basis(solution, lattice.columns), column_exponents=column_exponents)
-    stored = HPTQ.encode(point)
-    report = _report(name, basis_weight, solution, lattice, order, stored.tensors(), started)
-    return QuantizedLinear(stored.tensors(), point, report)
+    tensors = HPTQ.encode(point).tensors()
+    report = _report(name, basis_weight, lattice, solution, tensors)
+    return QuantizedLinear(tensors, point, replace(report, seconds=time.perf_counter() - started))
 
 
 def _to_basis(weight: Tensor, factor: Factor) -> Tensor:
@@ -106,34 +108,25 @@ def _from_basis(solution: Solution, factor: Factor) -> LatticeWeight:
     return LatticeWeight(integers.T.contiguous().cpu(), solution.scales.cpu())
 
 
-def _report(
-    name: str,
-    weight: Tensor,
-    solution: Solution,
-    lattice: Lattice,
-    order: str,
-    tensors: dict[str, Tensor],
-    started: float,
-    bits: int | None = None,
-    group_size: int | None = None,
-    rate: float | None = None,
-) -> LayerReport:
-    rounding, measured = lattice.mean_error(solution.steps, weight.shape[1]), lattice.error(solution.plane.residual)
-    predicted = lattice.gain * rounding + solution.added_error
+def _report(name: str, weight: Tensor, lattice: Lattice, solution: Solution, tensors: dict[str, Tensor]) -> LayerReport:
+    """The report but for what SSQR alone knows, and the seconds; weight: [n, out] in the columns' order."""
+    columns, rows = weight.shape
+    one_path = expected_error(solution.steps, lattice, rows)
+    measured = error(solution.plane.residual, lattice)
     return LayerReport(
         name=name,
-        rows=weight.shape[1],
-        columns=weight.shape[0],
-        bits=bits,
-        group_size=group_size,
+        rows=rows,
+        columns=columns,
+        bits=None,
+        group_size=None,
         bits_per_weight=8 * sum(tensor.nbytes for tensor in tensors.values()) / weight.numel(),
-        overflow_rate=rate,
-        order=order,
+        overflow_share=None,
+        order=lattice.columns.order_name,
         damping=lattice.columns.damping,
-        predicted_error=predicted,
+        predicted_error=paths_gain(lattice) * one_path + solution.added_error,
         measured_error=measured,
-        bound=3 * rounding if solution.added_error == 0 else None,
-        relative_error=measured / max(lattice.error(weight), 1e-300),
+        bound=3 * one_path if solution.added_error == 0 else None,
+        relative_error=measured / max(error(weight, lattice), 1e-300),
         passes=solution.passes,
-        seconds=time.perf_counter() - started,
+        seconds=0.0,
     )

@@ -1,47 +1,58 @@
 """SSQR: scales, one per output row (or per row and group), and the price of an overflow entry.
 
-A target t at integer range low … high is beyond it unless its scale is at least max(t/(high + ½), t/(low − ½)). So in
-one row the k-th largest of these thresholds is the scale at which k − 1 targets are beyond. The squared error of a row
+A target t is beyond the integer range low … high unless its scale is at least max(t/(high + ½), t/(low − ½)). So in one
+row the k-th largest of these thresholds is the scale at which k − 1 targets are beyond. The squared error of a row
 grows with s² ΣD and the row's own pivot; entries go to the rows where an entry lowers the error most, and what the last
-of them saves is the price of an entry. Rounding pays it, too: a target that is little beyond stays at the range's edge.
+of them saves is the price of an entry. Rounding also weighs it: a target just beyond the range stays at its edge.
 
 A scale may be negative, as the range has one integer more below 0 than above.
 """
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from vllm_babai.format.lattice import MAX_INTEGER, integer_range
-from vllm_babai.offline.solver.factor import Factor
+from vllm_babai.offline.scales.solution import Solution
+from vllm_babai.offline.solver.expected import expected_targets
 from vllm_babai.offline.solver.lattice import Lattice
-from vllm_babai.offline.solver.nearest_plane import NearestPlane, Rounding, Solution, expected_targets
+from vllm_babai.offline.solver.nearest_plane import NearestPlane, Rounding
+from vllm_babai.offline.solver.solve import solve
 
-DRAWS = 2  # of the targets, to choose scales on
-SPANS = (0.5, 0.125)  # octaves to both sides of a scale in which a better one is looked for, with a draw for each
-CANDIDATES = 17
-MAX_PASSES = 3
-RATE_TOLERANCE = 0.1
-ROWS = 16384
-MOST_BEYOND = 8  # targets beyond the range, over those that overflow
+# `python tests/benchmarks/constants.py NAME` compares values of the first six on the reference model.
+DRAWS = 2  # rounds of the first choice of scales, each on new draws of the targets
+SPANS = (0.5, 0.125)  # octaves to both sides of a scale in which a better one is looked for, one round for each
+CANDIDATES = 17  # scales that a round compares
+MOST_BEYOND = 8  # most targets beyond the range that the first choice allows, over those that shall overflow
+MAX_PASSES = 3  # of the solver
+SHARE_TOLERANCE = 0.1  # relative: a share this close to what was asked for ends the search
+# Independent rows that share a price. The search takes about ten times their memory: of 16384 rows of 4096 columns,
+# 2.7 GB. Not measured beyond that; a linear with fewer rows is not divided.
+ROWS_TOGETHER = 16384
+PRICE_BISECTIONS = 20  # of 120 octaves: to 1/8700 of an octave
+PRICE_OCTAVES = 60.0  # to both sides of the largest cost
 
 
 def search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, overflow: float, seed: int) -> Solution:
     """Solve with scales and a price at which a share `overflow` overflows; weight: [n, out] in the columns' order.
 
-    Where rows are alone, about ROWS of them share a price: the search takes many times their memory, too much for a
-    head. They are taken from all over the matrix, as neighbours in a vocabulary are alike.
+    Where rows are independent, about ROWS_TOGETHER of them share a price. They are taken from all over the matrix, as
+    neighbours in a vocabulary are alike.
     """
-    if not lattice.has_single_rows or weight.shape[1] <= ROWS:
-        return _search_overflow(weight, lattice, groups, bits, overflow, seed)
-    parts = -(-weight.shape[1] // ROWS)
+
+    def search(part: Tensor, of_part: Lattice) -> Solution:
+        searched = ScaleSearch.of(part, of_part, groups, bits, overflow, seed)
+        return searched.meet_price(searched.improve(searched.choose()))
+
+    if not lattice.has_independent_rows or weight.shape[1] <= ROWS_TOGETHER:
+        return search(weight, lattice)
+    parts = -(-weight.shape[1] // ROWS_TOGETHER)
     plane = NearestPlane(*(torch.empty_like(weight) for _ in range(3)))
     found = []
     for first in range(parts):
         chosen = slice(first, None, parts)
-        part = weight[:, chosen].contiguous()
-        solution = _search_overflow(part, lattice.of_rows(chosen), groups, bits, overflow, seed)
+        solution = search(weight[:, chosen].contiguous(), lattice.of_rows(chosen))
         for field in fields(plane):
             getattr(plane, field.name)[:, chosen] = getattr(solution.plane, field.name)
         found.append(replace(solution, plane=plane))
@@ -56,106 +67,138 @@ def search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, ov
     )
 
 
-def _search_overflow(weight: Tensor, lattice: Lattice, groups: int, bits: int, overflow: float, seed: int) -> Solution:
-    """Solve rows that share a price.
+@dataclass(frozen=True)
+class ScaleSearch:
+    """The search for the scales of rows that share a price: `choose`, then `improve`, then `meet_price`.
 
-    The price is met on targets that nearest plane is expected to meet, then on those that it met. They are drawn anew,
-    as scales suit the draws that chose them too well.
+    Scales are chosen on targets that nearest plane is expected to meet, the price is then met on those that it met.
+    Every round draws the targets anew, as scales suit the draws that chose them too well.
+
+    weight: [n, out] in the columns' order. cells: int64 [groups, n / groups], positions that share a scale.
+    importance: D_j D_i of every weight, [n, out]. overflow: share of weights that shall overflow.
     """
-    factor, (low, high) = lattice.columns, integer_range(bits)
-    cells = _cells(factor.order, groups)
-    importance = _importance(weight, lattice)
-    scales = _choose_scales(weight, lattice, cells, importance, bits, overflow, seed)
-    scales = _improve_scales(scales, weight, factor, cells, importance, bits, overflow, seed + DRAWS)
-    steps = _steps(scales, cells)
-    targets, _ = expected_targets(weight, steps, factor, seed + DRAWS + len(SPANS))
-    saved = savings(targets, steps, importance, bits)
-    rates: list[float] = []
-    while not rates or (abs(rates[-1] - overflow) > RATE_TOLERANCE * overflow and len(rates) < MAX_PASSES):
-        price = _price(saved, overflow)
-        plane = lattice.solve(weight, steps, Rounding(low=low, high=high, price=price / importance))
-        saved = savings(plane.targets, steps, importance, bits)
-        rates.append(overflow_rate(plane.integers, bits))
-    kept = float(saved[saved <= price].double().sum())
-    return Solution(scales, steps, plane, len(rates), kept)
 
+    weight: Tensor
+    lattice: Lattice
+    cells: Tensor
+    importance: Tensor
+    bits: int
+    overflow: float
+    seed: int
 
-def _choose_scales(
-    weight: Tensor, lattice: Lattice, cells: Tensor, importance: Tensor, bits: int, overflow: float, seed: int
-) -> Tensor:
-    """Scales, bfloat16 [out, groups], chosen on draws of the targets that nearest plane is expected to meet.
+    @classmethod
+    def of(cls, weight: Tensor, lattice: Lattice, groups: int, bits: int, overflow: float, seed: int) -> "ScaleSearch":
+        """The search for a weight with so many groups of consecutive input features."""
+        cells = torch.argsort(lattice.columns.order).view(groups, -1)
+        row_pivots = lattice.row_pivots(weight.shape[1]).to(weight)
+        importance = lattice.columns.pivots.to(weight)[:, None] * row_pivots
+        importance.clamp_min_(torch.finfo(weight.dtype).tiny)
+        return cls(weight, lattice, cells, importance, bits, overflow, seed)
 
-    So many targets are let beyond the range that as many as asked for are worth the price of an entry which goes with
-    these scales.
-    """
-    pivots, row_pivots = lattice.columns.pivots.to(weight), lattice.row_pivots(weight.shape[1]).to(weight)
-    both = torch.cat((cells, cells + len(weight)), 1)
-    beyond = overflow
-    scales, price = overflow_scales(weight, cells, pivots, row_pivots, bits, beyond)
-    for attempt in range(DRAWS):
-        steps = _steps(scales, cells)
-        draws = expected_targets(weight, steps, lattice.columns, seed + attempt)
-        worth = float((savings(draws[0], steps, importance, bits) > price).float().mean())
-        beyond *= min(max(overflow / max(worth, 1e-9), 0.5), 4.0)
-        beyond = min(max(beyond, overflow), MOST_BEYOND * overflow)
-        scales, price = overflow_scales(torch.cat(draws), both, pivots.repeat(2), row_pivots, bits, beyond)
-    return scales
+    def choose(self) -> Tensor:
+        """Scales, bfloat16 [out, groups], chosen by the targets' thresholds.
 
+        More targets are let beyond the range than shall overflow: as many as it takes for the share asked for to be
+        worth the price of an entry which goes with these scales.
+        """
+        pivots = self.lattice.columns.pivots.to(self.weight)
+        row_pivots = self.lattice.row_pivots(self.weight.shape[1]).to(self.weight)
+        cells_of_both = torch.cat((self.cells, self.cells + len(self.weight)), 1)
+        beyond = self.overflow
+        scales, price = overflow_scales(self.weight, self.cells, pivots, row_pivots, self.bits, beyond)
+        for attempt in range(DRAWS):
+            draws = self._draw(self._steps(scales), attempt)
+            worth = float((self._savings(draws[0], self._steps(scales)) > price).float().mean())
+            beyond *= min(max(self.overflow / max(worth, 1e-9), 0.5), 4.0)
+            beyond = min(max(beyond, self.overflow), MOST_BEYOND * self.overflow)
+            scales, price = overflow_scales(
+                torch.cat(draws), cells_of_both, pivots.repeat(2), row_pivots, self.bits, beyond
+            )
+        return scales
 
-def _improve_scales(
-    scales: Tensor,
-    weight: Tensor,
-    factor: Factor,
-    cells: Tensor,
-    importance: Tensor,
-    bits: int,
-    overflow: float,
-    seed: int,
-) -> Tensor:
-    """Scales, bfloat16 [out, groups], near those given, at which what rounding costs and what targets beyond the range
-    cost, each kept within it or stored for the price of an entry, is least; on new draws of the targets.
-    """
-    rounding = importance[cells].sum(1) / 12
-    for attempt, span in enumerate(SPANS):
-        steps = _steps(scales, cells)
-        draws = expected_targets(weight, steps, factor, seed + attempt)
-        price = _price(torch.cat([savings(targets, steps, importance, bits) for targets in draws]), overflow)
-        multiples = torch.exp2(torch.linspace(-span, span, CANDIDATES, device=weight.device))
-        costs = []
-        for multiple in multiples:
-            beyond = torch.zeros_like(weight)
-            for targets in draws:
-                beyond += savings(targets, multiple * steps, importance, bits).clamp_(max=price) / len(draws)
-            costs.append((multiple * scales.T.float()).square() * rounding + beyond[cells].sum(1))
-        scales = (scales.float() * multiples[torch.stack(costs).argmin(0)].T).to(torch.bfloat16)
-    return scales
+    def improve(self, scales: Tensor) -> Tensor:
+        """Scales, bfloat16 [out, groups], near those given, at which the cost is least: that of rounding, and that of
+        targets beyond the range, each kept at its edge or stored for the price of an entry.
+        """
+        rounding = self.importance[self.cells].sum(1) / 12
+        for attempt, span in enumerate(SPANS, DRAWS):
+            steps = self._steps(scales)
+            draws = self._draw(steps, attempt)
+            price = self._price(torch.cat([self._savings(targets, steps) for targets in draws]))
+            multiples = torch.exp2(torch.linspace(-span, span, CANDIDATES, device=self.weight.device))
+            costs = []
+            for multiple in multiples:
+                beyond = torch.zeros_like(self.weight)
+                for targets in draws:
+                    beyond += self._savings(targets, multiple * steps).clamp_(max=price) / len(draws)
+                costs.append((multiple * scales.T.float()).square() * rounding + beyond[self.cells].sum(1))
+            scales = (scales.float() * multiples[torch.stack(costs).argmin(0)].T).to(torch.bfloat16)
+        return scales
+
+    def meet_price(self, scales: Tensor) -> Solution:
+        """Solve with these scales and the price at which the share asked for overflows."""
+        low, high = integer_range(self.bits)
+        steps = self._steps(scales)
+        targets, _ = self._draw(steps, DRAWS + len(SPANS))
+        saved = self._savings(targets, steps)
+        shares: list[float] = []
+        while not shares or (
+            abs(shares[-1] - self.overflow) > SHARE_TOLERANCE * self.overflow and len(shares) < MAX_PASSES
+        ):
+            price = self._price(saved)
+            rounding = Rounding(low=low, high=high, price=price / self.importance)
+            plane = solve(self.weight, self.lattice, steps, rounding)
+            saved = self._savings(plane.targets, steps)
+            shares.append(overflow_share(plane.integers, self.bits))
+        kept = float(saved[saved <= price].double().sum())
+        return Solution(scales, steps, plane, len(shares), kept)
+
+    def _steps(self, scales: Tensor) -> Tensor:
+        """Step of every position and output row: [n, out], or [1, out] for one scale per row."""
+        if len(self.cells) == 1:
+            return scales.T.float()
+        steps = torch.empty(self.cells.numel(), len(scales), device=scales.device)
+        steps[self.cells] = scales.T.float()[:, None]
+        return steps
+
+    def _draw(self, steps: Tensor, attempt: int) -> tuple[Tensor, Tensor]:
+        return expected_targets(self.weight, steps, self.lattice.columns, self.seed + attempt)
+
+    def _savings(self, targets: Tensor, steps: Tensor) -> Tensor:
+        return savings(targets, steps, self.importance, self.bits)
+
+    def _price(self, saved: Tensor) -> float:
+        """What an entry costs where a share `overflow` of all targets saves more than that."""
+        fitting = max(1, saved.numel() - round(self.overflow * saved.numel()))
+        return float(saved.flatten().kthvalue(fitting).values)
 
 
 def overflow_scales(
-    targets: Tensor, cells: Tensor, pivots: Tensor, row_pivots: Tensor, bits: int, rate: float
+    targets: Tensor, cells: Tensor, pivots: Tensor, row_pivots: Tensor, bits: int, share: float
 ) -> tuple[Tensor, float]:
-    """Scales, bfloat16 [out, groups], at which a share `rate` of all targets is beyond the range at the least error,
-    and how much of D_j D_i t² the last target that is beyond saves.
+    """Scales, bfloat16 [out, groups], at which a share of all targets is beyond the range at the least error, and how
+    much of D_j D_i t² the last target that is beyond saves.
 
     targets: [n, out]. cells: int64 [groups, n / groups], positions that share a scale. pivots: D_j of the columns, [n].
     row_pivots: D_i of the rows, [out].
     """
     low, high = integer_range(bits)
     weights = pivots[cells].sum(1)[:, None] * row_pivots / 12
-    depth = min(cells.shape[1], max(4, int(cells.shape[1] * min(1.0, 4 * rate)) + 2))
+    depth = min(cells.shape[1], max(4, int(cells.shape[1] * min(1.0, 4 * share)) + 2))
     candidates = []
     for sign in (1, -1):
         thresholds = torch.maximum(targets / (sign * (high + 0.5)), targets / (sign * (low - 0.5)))
         largest = thresholds[cells].topk(depth, dim=1).values
+        # A cell's largest target becomes at most half of MAX_INTEGER; nearest plane may carry as much into it again.
         candidates.append(sign * torch.maximum(largest, largest[:, :1] * (high + 1) * 2 / MAX_INTEGER))
     choices = torch.cat(candidates, 1)
     cost = choices.square() * weights[:, None]
     count = torch.arange(depth, device=targets.device).repeat(2)
-    price = _price_of_entry(cost, count, rate * targets.numel())
+    price = _price_of_entry(cost, count, share * targets.numel())
     best = (cost + price * count[:, None]).argmin(1, keepdim=True)
     scales = choices.gather(1, best).squeeze(1).T
     row = scales.abs().amax(1, keepdim=True)
-    scales = torch.where(scales != 0, scales, torch.where(row > 0, row, 1.0))  # a cell of zeros goes with its row
+    scales = torch.where(scales != 0, scales, torch.where(row > 0, row, 1.0))  # a cell of zeros takes its row's scale
     return scales.to(torch.bfloat16).contiguous(), price
 
 
@@ -164,9 +207,9 @@ def _price_of_entry(cost: Tensor, count: Tensor, budget: float) -> float:
 
     cost: [groups, choices, out]; count: entries of every choice, [choices].
     """
-    low, high = -60.0, 60.0
+    low, high = -PRICE_OCTAVES, PRICE_OCTAVES
     unit = float(cost.max()) or 1.0
-    for _ in range(20):
+    for _ in range(PRICE_BISECTIONS):
         middle = (low + high) / 2
         entries = count[(cost + unit * 2.0**middle * count[:, None]).argmin(1)].sum()
         low, high = (middle, high) if entries > budget else (low, middle)
@@ -185,33 +228,7 @@ def savings(targets: Tensor, steps: Tensor, importance: Tensor, bits: int) -> Te
     return (integers - edges) * (2 * inner - integers - edges) * steps.square() * importance
 
 
-def _price(saved: Tensor, overflow: float) -> float:
-    """What an entry costs where a share `overflow` of all targets saves more than that."""
-    fitting = max(1, saved.numel() - round(overflow * saved.numel()))
-    return float(saved.flatten().kthvalue(fitting).values)
-
-
-def _importance(weight: Tensor, lattice: Lattice) -> Tensor:
-    """D_j D_i of every weight, [n, out], above 0."""
-    row_pivots = lattice.row_pivots(weight.shape[1]).to(weight)
-    return (lattice.columns.pivots.to(weight)[:, None] * row_pivots).clamp_min_(torch.finfo(weight.dtype).tiny)
-
-
-def _cells(order: Tensor, groups: int) -> Tensor:
-    """Positions of the input features that share a scale, int64 [groups, in / groups]."""
-    return torch.argsort(order).view(groups, -1)
-
-
-def _steps(scales: Tensor, cells: Tensor) -> Tensor:
-    """Step of every position and output row: [in, out], or [1, out] for one scale per row."""
-    if len(cells) == 1:
-        return scales.T.float()
-    steps = torch.empty(cells.numel(), len(scales), device=scales.device)
-    steps[cells] = scales.T.float()[:, None]
-    return steps
-
-
-def overflow_rate(integers: Tensor, bits: int) -> float:
+def overflow_share(integers: Tensor, bits: int) -> float:
     """Share of integers beyond the dense range."""
     low, high = integer_range(bits)
     return float(((integers < low) | (integers > high)).float().mean())

@@ -1,16 +1,17 @@
-"""The target of a linear, corrected for what the quantized linears before it have done.
+"""Drift: the target of a linear, corrected for the errors of the quantized linears before it.
 
-A linear W of the original model reads x and its output is added to hidden states h, if to any. When its turn comes, the
-partly quantized model has x̂ and ĥ instead. The weight that brings W'x̂ + ĥ closest to Wx + h over the calibration
-tokens, each counted by its weight w, is a ridge regression with the damping λ of the Hessian H = E[w x̂x̂ᵀ]:
+In the original model a linear W reads x, and its output may be added to hidden states h. In the partly quantized model
+it reads x̂ and meets ĥ instead. The weight that brings W'x̂ + ĥ closest to Wx + h over the calibration tokens, each
+counted by its weight w, is a ridge regression with the damping λ of the Hessian H = E[w x̂x̂ᵀ]:
 
     W + (W E[w (x − x̂) x̂ᵀ] + E[w (h − ĥ) x̂ᵀ]) (H + λI)⁻¹
 
-The cross moments are noisy: a few thousand tokens may tell nothing but noise. So they are taken of two halves of the
-tokens. With the inner product S of the two corrections in the metric of H, and their mean square T, the share of their
-mean that is no noise is 2S / (S + T) (Spearman-Brown); so much of it is applied. (arXiv 2603.04956, WaterSIC, has both
-terms; arXiv 2602.05902, CoreQ, on the share; arXiv 2505.11695, Qronos, and arXiv 2504.02692, GPTAQ, have the first term
-at a share of 1.)
+The cross moments are noisy: those of a few thousand tokens may hold nothing but noise. So they are measured on two
+halves of the tokens. With the inner product S of the two corrections in the metric of H, and their mean square T, the
+share of their mean that is not noise is 2S / (S + T) (Spearman-Brown); that share of it is applied.
+
+Sources: arXiv 2603.04956 (WaterSIC) has both terms; arXiv 2602.05902 (CoreQ) has the share; arXiv 2505.11695 (Qronos)
+and arXiv 2504.02692 (GPTAQ) have the first term at a share of 1.
 """
 
 from dataclasses import dataclass
@@ -20,13 +21,17 @@ from torch import Tensor
 
 from vllm_babai.offline.solver.factor import Factor
 
+# Rows of the weight that are corrected at a time. Their float64 intermediates are many times a head's size; results do
+# not depend on it. A choice: 4096 rows of 4096 columns take 128 MiB for each of the two halves.
 ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Of two halves of the tokens each: inputs: E[w (x − x̂) x̂ᵀ], float32 [2, in, in]. stream: E[w (h − ĥ) x̂ᵀ], float32
-    [2, out, in], or None without an h.
+    """Cross moments of two halves of the tokens.
+
+    inputs: E[w (x − x̂) x̂ᵀ], float32 [2, in, in].
+    stream: E[w (h − ĥ) x̂ᵀ], float32 [2, out, in]; None where the output is not added to hidden states.
     """
 
     inputs: Tensor
@@ -34,9 +39,9 @@ class Drift:
 
 
 def corrected(weight: Tensor, factor: Factor, drift: Drift) -> Tensor:
-    """The weight [out, in] with the share of its correction that is no noise, float32; factor: of H + λI.
+    """The weight [out, in] plus the share of its correction that is not noise, float32; factor: of H + λI.
 
-    ROWS rows at a time, as they are alone until the share is known, and their float64 is many times a head's size.
+    Rows are independent until the share is known, so ROWS of them are corrected at a time.
     """
     upper, inputs = factor.unit_upper.double() * factor.pivots.sqrt()[:, None], drift.inputs.double()
     correction = torch.empty_like(weight, dtype=torch.float32)

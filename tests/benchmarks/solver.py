@@ -15,10 +15,11 @@ import torch
 from harness import Median, Times, command_line, ratio, report, table, time_rounds
 from torch import Tensor
 
+from vllm_babai.offline.scales.solution import Solution
 from vllm_babai.offline.scales.ssqr import search_overflow
 from vllm_babai.offline.solver.factor import ORDERS, Order, factorize
 from vllm_babai.offline.solver.lattice import Lattice
-from vllm_babai.offline.solver.nearest_plane import Solution, nearest_plane
+from vllm_babai.offline.solver.nearest_plane import nearest_plane
 
 DAMPING = 0.01
 BLOCK = 128
@@ -40,7 +41,7 @@ class Babai:
         """integers [out, in]"""
         order = self.factor.order
         integers = torch.empty_like(self.weight.T)
-        integers[order] = nearest_plane(self.weight.T[order], self.factor.unit_upper, self.scales.T).integers
+        integers[order] = nearest_plane(self.weight.T[order], Lattice(self.factor), self.scales.T).integers
         self.integers = integers.T
 
 

@@ -31,7 +31,7 @@ def skewed_layer(rows: int, octaves: float = 8) -> tuple[Tensor, Factor]:
 
 
 def quantized(weight: Tensor, factor: Factor, rate: float, exponents: Tensor | None) -> QuantizedLinear:
-    return quantize_hptq("layer", weight, Lattice(factor), "activation", rate, 0, exponents)
+    return quantize_hptq("layer", weight, Lattice(factor), rate, 0, exponents)
 
 
 @pytest.mark.parametrize("rate", [2.125, 3.125, 4.125])

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.solver.expected import error, expected_error
 from vllm_babai.offline.solver.factor import Factor, factorize
-from vllm_babai.offline.solver.joint_plane import LEAF, RowGeometry, joint_plane, row_geometry
+from vllm_babai.offline.solver.joint_plane import LEAF, joint_plane
 from vllm_babai.offline.solver.lattice import Lattice
 from vllm_babai.offline.solver.nearest_plane import Rounding, nearest_plane
+from vllm_babai.offline.solver.row_geometry import RowGeometry, row_geometry
+from vllm_babai.offline.solver.solve import paths_gain, solve
 
 
 def covariance(n: int, seed: int) -> Tensor:
@@ -24,7 +27,7 @@ def covariance(n: int, seed: int) -> Tensor:
 
 
 def in_float64(factor: Factor) -> Factor:
-    return Factor(factor.unit_upper.double(), factor.pivots, factor.order, factor.damping)
+    return replace(factor, unit_upper=factor.unit_upper.double())
 
 
 def random_layer(n: int, out: int, block: int, seed: int = 0) -> tuple[Tensor, Lattice]:
@@ -35,9 +38,14 @@ def random_layer(n: int, out: int, block: int, seed: int = 0) -> tuple[Tensor, L
         size = min(block, out - first)
         blocks[first : first + size, :size] = covariance(size, seed + first + 1)
     rows = row_geometry(blocks)
-    rows = RowGeometry([(first, in_float64(factor)) for first, factor in rows.blocks], rows.pivots)
+    rows = RowGeometry([replace(b, unit_upper=b.unit_upper.double()) for b in rows.blocks], rows.pivots)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, out, generator=generator, dtype=torch.float64), Lattice(columns, rows)
+
+
+def lattice_of(unit_upper: Tensor) -> Lattice:
+    n = len(unit_upper)
+    return Lattice(Factor(unit_upper, torch.ones(n, dtype=torch.float64), torch.arange(n), 0.0))
 
 
 @settings(deadline=None, max_examples=20)
@@ -45,13 +53,13 @@ def random_layer(n: int, out: int, block: int, seed: int = 0) -> tuple[Tensor, L
 def test_integers_are_those_of_the_kronecker_lattice(n: int, out: int, block: int, seed: int) -> None:
     weight, lattice = random_layer(n, out, block, seed)
     steps = 0.1 + torch.rand(1, out, dtype=torch.float64)
-    found = lattice.solve(weight, steps)
+    found = solve(weight, lattice, steps)
     assert lattice.rows is not None
-    for first, factor in lattice.rows.blocks:
-        rows = first + factor.order
-        upper = torch.kron(lattice.columns.unit_upper, factor.unit_upper)
+    for block in lattice.rows.blocks:
+        rows = block.rows
+        kronecker = lattice_of(torch.kron(lattice.columns.unit_upper, block.unit_upper))
         flat_weight, flat_steps = (t[:, rows].reshape(-1, 1) for t in (weight, steps.expand_as(weight)))
-        expected = nearest_plane(flat_weight, upper, flat_steps)
+        expected = nearest_plane(flat_weight, kronecker, flat_steps)
         assert torch.equal(found.integers[:, rows].flatten(), expected.integers[:, 0])
         torch.testing.assert_close(found.targets[:, rows].flatten(), expected.targets[:, 0])
 
@@ -59,29 +67,29 @@ def test_integers_are_those_of_the_kronecker_lattice(n: int, out: int, block: in
 def test_error_and_its_bound() -> None:
     weight, lattice = random_layer(60, 20, 8)
     steps = torch.full((1, 20), 0.3, dtype=torch.float64)
-    residual = lattice.solve(weight, steps).residual
+    residual = solve(weight, lattice, steps).residual
     assert lattice.rows is not None
     upper = lattice.columns.pivots.sqrt()[:, None] * lattice.columns.unit_upper
     direct = 0.0
-    for first, factor in lattice.rows.blocks:
-        part = upper @ residual[:, first + factor.order] @ (factor.pivots.sqrt()[:, None] * factor.unit_upper).T
+    for block in lattice.rows.blocks:
+        part = upper @ residual[:, block.rows] @ (block.pivots.sqrt()[:, None] * block.unit_upper).T
         direct += float(part.square().sum())
-    assert lattice.error(residual) == pytest.approx(direct)
-    assert direct <= 3 * lattice.mean_error(steps, 20)
+    assert error(residual, lattice) == pytest.approx(direct)
+    assert direct <= 3 * expected_error(steps, lattice, 20)
 
 
 def test_mean_error_of_uniform_targets() -> None:
     weight, lattice = random_layer(200, 300, 100)
     steps = torch.linspace(0.8, 1.2, 300, dtype=torch.float64)[None]
-    measured = lattice.error(lattice.solve(1000 * weight, steps).residual)
-    assert measured == pytest.approx(lattice.mean_error(steps, 300), rel=0.02)
+    measured = error(solve(1000 * weight, lattice, steps).residual, lattice)
+    assert measured == pytest.approx(expected_error(steps, lattice, 300), rel=0.02)
 
 
 def test_independent_rows_are_plain_nearest_plane() -> None:
     weight, lattice = random_layer(50, 10, 1)
     steps = torch.full((1, 10), 0.3, dtype=torch.float64)
-    plain = nearest_plane(weight, lattice.columns.unit_upper, steps)
-    assert torch.equal(lattice.solve(weight, steps).integers, plain.integers)
+    plain = nearest_plane(weight, lattice, steps)
+    assert torch.equal(solve(weight, lattice, steps).integers, plain.integers)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 4.0])
@@ -90,22 +98,22 @@ def test_a_price_counts_as_in_the_kronecker_lattice(share: float) -> None:
     assert lattice.rows is not None
     steps = torch.where(torch.arange(12) % 2 == 0, 0.3, -0.3).double()[None]
     price = share * torch.rand(40, 12, dtype=torch.float64)
-    found = lattice.solve(weight, steps, Rounding(low=-2, high=1, price=price))
-    for first, factor in lattice.rows.blocks:
-        rows = first + factor.order
-        upper = torch.kron(lattice.columns.unit_upper, factor.unit_upper)
+    found = solve(weight, lattice, steps, Rounding(low=-2, high=1, price=price))
+    for block in lattice.rows.blocks:
+        rows = block.rows
+        kronecker = lattice_of(torch.kron(lattice.columns.unit_upper, block.unit_upper))
         flat_weight, flat_steps, flat_price = (
             t[:, rows].reshape(-1, 1) for t in (weight, steps.expand_as(weight), price)
         )
-        expected = nearest_plane(flat_weight, upper, flat_steps, Rounding(low=-2, high=1, price=flat_price))
+        expected = nearest_plane(flat_weight, kronecker, flat_steps, Rounding(low=-2, high=1, price=flat_price))
         assert torch.equal(found.integers[:, rows].flatten(), expected.integers[:, 0])
     if share == 0:
-        assert torch.equal(found.integers, lattice.solve(weight, steps).integers)
+        assert torch.equal(found.integers, solve(weight, lattice, steps).integers)
 
 
 def test_many_paths_find_the_closest_point() -> None:
     weight, lattice = random_layer(5, 20, 1)
-    found = replace(lattice, rows=None, paths=500).solve(weight, torch.ones(1, 1, dtype=torch.float64))
+    found = solve(weight, replace(lattice, rows=None, paths=500), torch.ones(1, 1, dtype=torch.float64))
     points = torch.tensor(list(product(range(-4, 5), repeat=5)), dtype=torch.float64).T
     for row in range(20):
         errors = ((weight[:, row, None] - points).T @ lattice.columns.unit_upper.T).square() @ lattice.columns.pivots
@@ -117,18 +125,19 @@ def test_error_of_several_paths(n: int) -> None:
     """It is less, as predicted, and within the bound of nearest plane."""
     weight, one = random_layer(n, 128, 32)
     several, steps = replace(one, paths=8), torch.linspace(0.01, 0.02, 128, dtype=torch.float64)[None]
-    errors = [lattice.error(lattice.solve(weight, steps).residual) for lattice in (one, several)]
-    expected = several.gain * several.mean_error(steps, 128)
+    errors = [error(solve(weight, lattice, steps).residual, lattice) for lattice in (one, several)]
+    expected = paths_gain(several) * expected_error(steps, several, 128)
     assert errors[1] < 0.98 * errors[0]
     assert errors[1] == pytest.approx(expected, rel=0.03)
-    assert errors[1] <= 3 * several.mean_error(steps, 128)
+    assert errors[1] <= 3 * expected_error(steps, several, 128)
 
 
 def test_paths_of_independent_rows() -> None:
     weight, lattice = random_layer(50, 10, 1)
     steps = torch.full((1, 10), 0.3, dtype=torch.float64)
     alone = replace(lattice, rows=None, paths=4)
-    assert torch.equal(alone.solve(weight, steps).integers, replace(lattice, paths=4).solve(weight, steps).integers)
+    several = replace(lattice, paths=4)
+    assert torch.equal(solve(weight, alone, steps).integers, solve(weight, several, steps).integers)
 
 
 def test_several_paths_weigh_what_one_weighs() -> None:
@@ -140,7 +149,7 @@ def test_several_paths_weigh_what_one_weighs() -> None:
     rounding = Rounding(shrinkage, low=-1, high=1, price=price)
 
     def cost(paths: int) -> float:
-        found = replace(lattice, rows=None, paths=paths).solve(weight, steps, rounding)
+        found = solve(weight, replace(lattice, rows=None, paths=paths), steps, rounding)
         values = found.integers * steps
         each = (found.targets - values).square() + (1 / shrinkage - 1) * values.square()
         return float((pivots * (each + price * (found.integers.abs() > 1))).sum())
@@ -151,7 +160,7 @@ def test_several_paths_weigh_what_one_weighs() -> None:
 def test_targets_shrunk_to_nothing_become_zeros() -> None:
     weight, lattice = random_layer(30, 8, 4)
     shrinkage = (torch.arange(30) % 3 > 0).double()[:, None].expand(30, 8)
-    found = replace(lattice, paths=4).solve(weight, torch.full((1, 8), 0.3).double(), Rounding(shrinkage))
+    found = solve(weight, replace(lattice, paths=4), torch.full((1, 8), 0.3).double(), Rounding(shrinkage))
     assert torch.equal(found.integers.abs().amax(1) > 0, shrinkage[:, 0] > 0)
 
 
@@ -159,4 +168,61 @@ def test_an_integer_beyond_int16_is_an_error() -> None:
     weight, lattice = random_layer(5, 4, 4)
     assert lattice.rows is not None
     with pytest.raises(QuantizationError, match="more than 32767: the step is too small"):
-        joint_plane(weight, lattice.columns, lattice.rows, torch.full((1, 4), 1e-6, dtype=torch.float64))
+        solve(weight, lattice, torch.full((1, 4), 1e-6, dtype=torch.float64))
+
+
+def reference(weight: Tensor, lattice: Lattice, steps: Tensor, rounding: Rounding, price: Tensor) -> Tensor:
+    """Integers of up to LEAF columns by the M-algorithm as one would write it down; steps, price: [n, out]."""
+    assert lattice.rows is not None
+    upper, pivots, integers = lattice.columns.unit_upper, lattice.columns.pivots, torch.zeros_like(weight)
+    for block in lattice.rows.blocks:
+        gaps = torch.zeros_like(weight)  # c − s∘z of the rows decided
+        for i in reversed(range(len(block.rows))):
+            row = block.rows[i]
+            from_rows = gaps[:, block.rows[i + 1 :]] @ block.unit_upper[i, i + 1 :]
+            survivors = [
+                (0.0, torch.zeros(len(weight)).double(), from_rows + weight[:, row])
+            ]  # cost, integers, targets
+            for j in reversed(range(len(weight))):
+                step, offers = steps[j, row], []
+                for cost, z, targets in survivors:
+                    inner = rounding.shrinkage * targets[j] / step
+                    nearest = torch.round(inner)
+                    edge = nearest.clamp(rounding.low, rounding.high)
+                    other = edge if edge != nearest else nearest + (1 if inner >= nearest else -1)
+                    for integer in (nearest, other)[: 2 if lattice.paths > 1 or edge != nearest else 1]:
+                        spread = (1 / rounding.shrinkage - 1) * (step * integer) ** 2
+                        beyond = price[j, row] * bool(integer < rounding.low or integer > rounding.high)
+                        own = pivots[j] * ((targets[j] - step * integer) ** 2 + spread + beyond)
+                        carried = upper[:j, j] * (weight[j, row] - step * integer)
+                        after = torch.cat((targets[:j] + carried, targets[j:]))
+                        offers.append((cost + float(own), z.index_fill(0, torch.tensor(j), float(integer)), after))
+                survivors = sorted(offers, key=lambda offer: offer[0])[: lattice.paths]
+            _, integers[:, row], targets = survivors[0]
+            gaps[:, row] = targets - from_rows - steps[:, row] * integers[:, row]
+    return integers
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    n=st.integers(1, 12),
+    out=st.integers(1, 6),
+    block=st.integers(1, 4),
+    paths=st.integers(1, 5),
+    shrinkage=st.floats(0.3, 1),
+    price=st.floats(0, 1),
+    seed=st.integers(0, 2**32),
+)
+def test_compiled_loops_are_the_reference(
+    n: int, out: int, block: int, paths: int, shrinkage: float, price: float, seed: int
+) -> None:
+    weight, lattice = random_layer(n, out, block, seed)
+    lattice = replace(lattice, paths=paths)
+    generator = torch.Generator().manual_seed(seed)
+    steps = 0.3 + torch.rand(n, out, generator=generator, dtype=torch.float64)
+    prices = price * torch.rand(n, out, generator=generator, dtype=torch.float64)
+    rounding = Rounding(shrinkage, low=-1, high=1, price=prices)
+    expected = reference(weight, lattice, steps, rounding, prices)
+    found = joint_plane(weight, lattice, steps, rounding)
+    assert torch.equal(found.integers, expected)
+    torch.testing.assert_close(found.residual, weight - steps * expected)

@@ -19,7 +19,7 @@ from vllm_babai.offline.model.dense import load_dense, stored_linears
 from vllm_babai.offline.scales import ssqr
 from vllm_babai.offline.scales.linear import LayerReport
 from vllm_babai.offline.solver import drift as drift_correction
-from vllm_babai.offline.solver.joint_plane import ROW_DAMPING
+from vllm_babai.offline.solver.row_geometry import ROW_DAMPING
 from vllm_babai.offline.tools.convert import convert
 from vllm_babai.offline.tools.evaluate import evaluate
 from vllm_babai.offline.tools.inspect import inspect
@@ -98,7 +98,7 @@ def test_report_and_totals_count_it(quantized: Path) -> None:
     assert whole["quantized_weights"] == sum(layer.rows * layer.columns for layer in layers.values())
     if quantized.name == "ssqr":
         assert (head.bits, layers["model.layers.0.mlp.up_proj"].bits) == (3, 4)
-        assert head.overflow_rate == pytest.approx(0.01, rel=0.2)
+        assert head.overflow_share == pytest.approx(0.01, rel=0.2)
     else:
         assert head.bits_per_weight == pytest.approx(3.5, rel=0.01)
     found = {linear.name: linear for linear in inspect(quantized).linears}
@@ -278,10 +278,10 @@ def test_a_few_rows_at_a_time_make_hardly_another_head(
     """What bounds the memory: SSQR's search and the drift correction take so many rows at a time."""
     chosen = options(short_text, lm_head=3, ignore=["."], drift=drift)
     whole = reports(quantize(source, tmp_path / "whole", chosen))["lm_head"]
-    monkeypatch.setattr(ssqr, "ROWS", 1024)
+    monkeypatch.setattr(ssqr, "ROWS_TOGETHER", 1024)
     monkeypatch.setattr(drift_correction, "ROWS", 500)
     parts = reports(quantize(source, tmp_path / "parts", chosen))["lm_head"]
-    assert parts.overflow_rate == pytest.approx(0.01, rel=0.15)
+    assert parts.overflow_share == pytest.approx(0.01, rel=0.15)
     assert parts.bits_per_weight == pytest.approx(whole.bits_per_weight, rel=0.01)
     assert parts.measured_error == pytest.approx(whole.measured_error, rel=0.05)
     assert parts.predicted_error == pytest.approx(parts.measured_error, rel=0.05)

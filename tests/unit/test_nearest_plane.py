@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.solver.expected import mean_error, squared_error
 from vllm_babai.offline.solver.factor import ORDERS, Factor, Order, factorize
-from vllm_babai.offline.solver.nearest_plane import NearestPlane, Rounding, mean_error, nearest_plane, squared_error
+from vllm_babai.offline.solver.lattice import Lattice
+from vllm_babai.offline.solver.nearest_plane import NearestPlane, Rounding, nearest_plane
+from vllm_babai.offline.solver.solve import solve
 
 
 def random_hessian(n: int, seed: int, condition: float = 1e3) -> Tensor:
@@ -41,10 +44,10 @@ def exact_hessian(factor: Factor) -> Tensor:
     return (factor.unit_upper.T @ (factor.pivots[:, None] * factor.unit_upper))[back][:, back]
 
 
-def solve(weight: Tensor, factor: Factor, steps: Tensor) -> NearestPlane:
+def plane_of(weight: Tensor, factor: Factor, steps: Tensor) -> NearestPlane:
     """Nearest plane; weight, steps: [out, n], features in the model's order."""
     basis_weight, basis_steps = (tensor.T[factor.order].contiguous() for tensor in (weight, steps.expand_as(weight)))
-    return nearest_plane(basis_weight, factor.unit_upper, basis_steps)
+    return nearest_plane(basis_weight, Lattice(factor), basis_steps)
 
 
 def integers_of(solution: NearestPlane, factor: Factor) -> Tensor:
@@ -92,7 +95,7 @@ def test_integers_are_those_of_gptq_in_the_opposite_order(
     weight = random_weight(20, n, seed + 1)
     steps = (0.05 + 0.3 * random_weight(20, groups, seed + 2).abs()).repeat_interleave(n // groups, 1)
     expected = gptq(weight, exact_hessian(factor), steps, factor.order.flip(0))
-    assert torch.equal(integers_of(solve(weight, factor, steps), factor), expected)
+    assert torch.equal(integers_of(plane_of(weight, factor, steps), factor), expected)
 
 
 def test_opposite_of_the_activation_order_is_act_order_of_gptq() -> None:
@@ -106,7 +109,7 @@ def test_integers_on_captured_hessians(captured: dict[str, tuple[Tensor, Tensor]
     for weight, hessian in captured.values():
         factor = factorize64(hessian, order, 0.01)
         steps = weight.abs().amax(1, keepdim=True).double() / 4.3  # no target is half way between integers
-        found = integers_of(solve(weight[:64].double(), factor, steps[:64]), factor)
+        found = integers_of(plane_of(weight[:64].double(), factor, steps[:64]), factor)
         expected = gptq(weight[:64].double(), exact_hessian(factor), steps[:64], factor.order.flip(0))
         assert torch.equal(found, expected)
 
@@ -116,7 +119,7 @@ def test_integers_on_captured_hessians(captured: dict[str, tuple[Tensor, Tensor]
 def test_no_row_exceeds_the_bound(order: Order, spread: float) -> None:
     factor = factorize64(random_hessian(90, seed=3), order, 0.01)
     weight, steps = random_weight(200, 90, 1, spread), 0.1 + random_weight(200, 1, 2).abs()
-    solution = solve(weight, factor, steps)
+    solution = plane_of(weight, factor, steps)
     error = output_error(weight, integers_of(solution, factor), steps, exact_hessian(factor))
     bound = steps[:, 0].square() * factor.pivots.sum() / 4
     assert torch.all(error <= bound * (1 + 1e-9))
@@ -128,7 +131,7 @@ def test_the_bound_holds_on_captured_hessians(captured: dict[str, tuple[Tensor, 
     for weight, hessian in captured.values():
         factor = factorize64(hessian, "activation", 0.01)
         steps = weight.abs().amax(1, keepdim=True).double() / 4.5
-        solution = solve(weight.double(), factor, steps)
+        solution = plane_of(weight.double(), factor, steps)
         error = output_error(weight.double(), integers_of(solution, factor), steps, exact_hessian(factor))
         assert torch.all(error <= 3 * mean_error(steps.T, factor) * (1 + 1e-9))
 
@@ -136,7 +139,7 @@ def test_the_bound_holds_on_captured_hessians(captured: dict[str, tuple[Tensor, 
 def test_the_bound_is_reached_half_way_between_planes() -> None:
     factor = factorize64(torch.diag(torch.tensor([1.0, 4.0, 9.0])), "natural", 0.0)
     weight, steps = torch.full((1, 3), 0.5, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    error = squared_error(solve(weight, factor, steps).residual, factor)
+    error = squared_error(plane_of(weight, factor, steps).residual, factor)
     torch.testing.assert_close(error, 3 * mean_error(steps, factor))
 
 
@@ -147,7 +150,7 @@ def test_mean_error_of_uniform_targets(n: int, order: Order, seed: int) -> None:
     factor = factorize64(random_hessian(n, seed), order, 0.0)
     weight = random_weight(100_000, n, seed + 1, spread=1000.0)  # so wide that targets are uniform between integers
     steps = 0.8 + 0.4 * torch.rand(100_000, 1, dtype=torch.float64)
-    measured = squared_error(solve(weight, factor, steps).residual, factor).sum()
+    measured = squared_error(plane_of(weight, factor, steps).residual, factor).sum()
     assert abs(float(measured / mean_error(steps.T, factor).sum()) - 1) < 0.02
 
 
@@ -169,7 +172,7 @@ def test_small_lattices_against_exhaustive_search(n: int, order: Order, seed: in
     hessian = hessian.diagonal().diag() if orthogonal else hessian
     factor = factorize64(hessian, order, 0.0)
     weight, steps = random_weight(1, n, seed + 1, spread=3.0), torch.full((1, 1), 1.3, dtype=torch.float64)
-    found = float(squared_error(solve(weight, factor, steps).residual, factor))
+    found = float(squared_error(plane_of(weight, factor, steps).residual, factor))
     closest = closest_point(weight[0], exact_hessian(factor), 1.3, found)
     assert found >= closest * (1 - 1e-6)
     if orthogonal:
@@ -179,7 +182,7 @@ def test_small_lattices_against_exhaustive_search(n: int, order: Order, seed: in
 def test_targets_are_what_was_rounded() -> None:
     factor = factorize64(random_hessian(70, seed=1), "min-pivot", 0.01)
     weight, steps = random_weight(30, 70, 2).T[factor.order].contiguous(), 0.1 + torch.rand(1, 30, dtype=torch.float64)
-    solution = nearest_plane(weight, factor.unit_upper, steps)
+    solution = nearest_plane(weight, Lattice(factor), steps)
     assert torch.equal(solution.integers, torch.round(solution.targets / steps))
     torch.testing.assert_close(solution.residual, weight - steps * solution.integers)
     carried = torch.triu(factor.unit_upper, 1) @ solution.residual
@@ -189,9 +192,9 @@ def test_targets_are_what_was_rounded() -> None:
 def test_an_integer_beyond_int16_is_an_error() -> None:
     factor = factorize64(torch.eye(4), "natural", 0.0)
     with pytest.raises(QuantizationError, match="40000, more than 32767: the step is too small"):
-        nearest_plane(torch.full((4, 2), 4.0).double(), factor.unit_upper, torch.tensor([[1e-4]]))
+        solve(torch.full((4, 2), 4.0).double(), Lattice(factor), torch.tensor([[1e-4]]))
     with pytest.raises(QuantizationError):
-        nearest_plane(torch.full((4, 2), torch.nan).double(), factor.unit_upper, torch.tensor([[1e-4]]))
+        solve(torch.full((4, 2), torch.nan).double(), Lattice(factor), torch.tensor([[1e-4]]))
 
 
 def priced(low: int, high: int, price: Tensor) -> Rounding:
@@ -203,10 +206,10 @@ def priced(low: int, high: int, price: Tensor) -> Rounding:
 def test_without_a_price_or_a_range_rounding_is_to_the_nearest(n: int, seed: int, negative: bool) -> None:
     factor = factorize64(random_hessian(n, seed), "activation", 0.01)
     weight, steps = random_weight(20, n, seed).T.contiguous(), torch.full((1, 20), -0.3 if negative else 0.3)
-    expected = nearest_plane(weight, factor.unit_upper, steps.double())
+    expected = nearest_plane(weight, Lattice(factor), steps.double())
     free, everything = torch.zeros(1, 1, dtype=torch.float64), torch.full((1, 1), torch.inf, dtype=torch.float64)
     for rounding in (priced(-1, 0, free), priced(-1000, 1000, everything)):
-        found = nearest_plane(weight, factor.unit_upper, steps.double(), rounding)
+        found = nearest_plane(weight, Lattice(factor), steps.double(), rounding)
         assert torch.equal(found.integers, expected.integers)
         assert torch.equal(found.targets, expected.targets)
 
@@ -219,7 +222,7 @@ def test_integers_beyond_the_range_are_worth_their_price(price: float, low: int,
     weight = random_weight(10, 20, seed, spread=3.0).T.contiguous()
     steps = 0.5 + torch.rand(1, 10, dtype=torch.float64)
     found = nearest_plane(
-        weight, factor.unit_upper, steps, priced(low, high, torch.tensor([[price]], dtype=torch.float64))
+        weight, Lattice(factor), steps, priced(low, high, torch.tensor([[price]], dtype=torch.float64))
     )
     integers = torch.arange(-200.0, 201.0, dtype=torch.float64)
     cost = (found.targets[..., None] - steps[..., None] * integers).square()
@@ -235,7 +238,7 @@ def test_a_price_lowers_error_and_price_in_all(price: float) -> None:
     by_pivot = (price * factor.pivots.mean() / factor.pivots)[:, None]
     costs = []
     for rounding in (Rounding(), priced(-2, 1, by_pivot)):
-        plane = nearest_plane(weight, factor.unit_upper, steps, rounding)
+        plane = nearest_plane(weight, Lattice(factor), steps, rounding)
         entries = int(((plane.integers < -2) | (plane.integers > 1)).sum())
         costs.append(float(squared_error(plane.residual, factor).sum() + price * factor.pivots.mean() * entries))
     assert costs[1] < costs[0]
@@ -245,6 +248,6 @@ def test_negative_steps_mirror_the_range() -> None:
     factor = factorize64(random_hessian(40, seed=7), "activation", 0.01)
     weight, steps = random_weight(30, 40, 8).T.contiguous(), torch.full((1, 30), 0.4, dtype=torch.float64)
     price = torch.full((1, 1), 0.3, dtype=torch.float64)
-    found = nearest_plane(weight, factor.unit_upper, -steps, priced(-2, 1, price))
-    mirrored = nearest_plane(weight, factor.unit_upper, steps, priced(-1, 2, price))
+    found = nearest_plane(weight, Lattice(factor), -steps, priced(-2, 1, price))
+    mirrored = nearest_plane(weight, Lattice(factor), steps, priced(-1, 2, price))
     assert torch.equal(found.integers, -mirrored.integers)

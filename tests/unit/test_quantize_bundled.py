@@ -41,7 +41,7 @@ def test_measured_errors_are_the_predicted_ones(report: dict[str, Any], record_p
 
 def test_overflow_is_what_was_asked_for(report: dict[str, Any]) -> None:
     for layer in report["layers"]:
-        assert layer["overflow_rate"] == pytest.approx(0.01, rel=0.1), layer["name"]
+        assert layer["overflow_share"] == pytest.approx(0.01, rel=0.1), layer["name"]
         assert layer["passes"] <= 3
 
 

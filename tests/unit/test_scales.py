@@ -10,9 +10,11 @@ from vllm_babai.errors import QuantizationError
 from vllm_babai.format import integer_range
 from vllm_babai.offline.scales.linear import QuantizedLinear, quantize_ssqr
 from vllm_babai.offline.scales.ssqr import overflow_scales
+from vllm_babai.offline.solver.expected import error, expected_targets
 from vllm_babai.offline.solver.factor import Factor, factorize
 from vllm_babai.offline.solver.lattice import Lattice
-from vllm_babai.offline.solver.nearest_plane import expected_targets, nearest_plane
+from vllm_babai.offline.solver.nearest_plane import nearest_plane
+from vllm_babai.offline.solver.solve import solve
 
 
 def random_layer(rows: int = 192, columns: int = 256, seed: int = 0) -> tuple[Tensor, Factor]:
@@ -27,7 +29,7 @@ def random_layer(rows: int = 192, columns: int = 256, seed: int = 0) -> tuple[Te
 def quantized(
     weight: Tensor, factor: Factor, bits: int = 4, overflow: float = 0.01, group_size: int = -1
 ) -> QuantizedLinear:
-    return quantize_ssqr("layer", weight, Lattice(factor), "activation", bits, group_size, overflow, seed=0)
+    return quantize_ssqr("layer", weight, Lattice(factor), bits, group_size, overflow, seed=0)
 
 
 def overflow_of(result: QuantizedLinear, bits: int) -> float:
@@ -38,18 +40,18 @@ def overflow_of(result: QuantizedLinear, bits: int) -> float:
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("overflow", [0.002, 0.01, 0.05])
 @pytest.mark.parametrize("group_size", [-1, 32, 128])
-def test_overflow_rate_is_met(bits: int, overflow: float, group_size: int) -> None:
+def test_overflow_share_is_met(bits: int, overflow: float, group_size: int) -> None:
     weight, factor = random_layer(rows=384)
     result = quantized(weight, factor, bits, overflow, group_size)
     assert abs(overflow_of(result, bits) - overflow) <= 0.1 * overflow
-    assert result.report.overflow_rate == pytest.approx(overflow_of(result, bits))
+    assert result.report.overflow_share == pytest.approx(overflow_of(result, bits))
     assert result.report.passes <= 3
     assert result.weight.scales.shape == (384, 1 if group_size == -1 else 256 // group_size)
 
 
 @pytest.mark.parametrize("group_size", [-1, 32])
 @pytest.mark.parametrize("seed", range(3))
-def test_overflow_rate_is_met_at_two_bits(seed: int, group_size: int) -> None:
+def test_overflow_share_is_met_at_two_bits(seed: int, group_size: int) -> None:
     weight, factor = random_layer(seed=seed)
     result = quantized(weight, factor, bits=2, group_size=group_size)
     assert overflow_of(result, 2) == pytest.approx(0.01, rel=0.1)
@@ -58,16 +60,16 @@ def test_overflow_rate_is_met_at_two_bits(seed: int, group_size: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_overflow_rate_is_met_on_captured_hessians(captured: dict[str, tuple[Tensor, Tensor]], bits: int) -> None:
+def test_overflow_share_is_met_on_captured_hessians(captured: dict[str, tuple[Tensor, Tensor]], bits: int) -> None:
     for name, (weight, hessian) in captured.items():
         report = quantized(weight, factorize(hessian, "activation", 0.01), bits).report
         assert report.passes <= 3
-        assert report.overflow_rate == pytest.approx(0.01, rel=0.1), name
+        assert report.overflow_share == pytest.approx(0.01, rel=0.1), name
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("alike", [True, False])
-def test_overflow_rate_is_met_by_groups_of_other_sizes(bits: int, alike: bool) -> None:
+def test_overflow_share_is_met_by_groups_of_other_sizes(bits: int, alike: bool) -> None:
     weight, factor = random_layer()
     generator = torch.Generator().manual_seed(1)
     larger = torch.rand(1 if alike else 192, 8, generator=generator) < 0.5
@@ -90,7 +92,7 @@ def test_expected_targets_spread_as_the_true_ones(last: float) -> None:
     rows, steps = weight.T[factor.order].contiguous() * 100, torch.full((1, 4000), 2.0)
     if last > 1:
         steps = steps * torch.where(torch.arange(128) < 96, 1.0, last)[:, None]
-    carried = nearest_plane(rows, factor.unit_upper, steps).targets - rows
+    carried = nearest_plane(rows, Lattice(factor), steps).targets - rows
     for draw in expected_targets(rows, steps, factor, seed=0):
         torch.testing.assert_close((draw - rows).std(1), carried.std(1), rtol=0.3, atol=1e-3)  # of 128 probes
 
@@ -124,8 +126,8 @@ def test_one_huge_row_has_a_scale_of_its_own() -> None:
     weight[7] *= 10_000
     result = quantized(weight, factor)
     assert abs(overflow_of(result, 4) - 0.01) <= 0.001
-    error = (result.weight.dequantize() - weight).square().sum(1)
-    assert float(error[7]) < 0.2 * float(weight[7].square().sum())
+    errors = (result.weight.dequantize() - weight).square().sum(1)
+    assert float(errors[7]) < 0.2 * float(weight[7].square().sum())
     assert result.report.relative_error < 3 * usual.relative_error
 
 
@@ -190,7 +192,7 @@ def test_report_holds_the_errors_of_the_layer() -> None:
 def test_keeping_targets_within_the_range_lowers_the_error(bits: int, share: float) -> None:
     weight, factor = random_layer()
     report = quantized(weight, factor, bits).report
-    plain = plain_error(weight, factor, bits, report.overflow_rate)
+    plain = plain_error(weight, factor, bits, report.overflow_share)
     assert report.measured_error < share * plain
 
 
@@ -200,16 +202,16 @@ def plain_error(weight: Tensor, factor: Factor, bits: int, overflow: float) -> f
     smaller, larger = 2.0**-10, 2.0
     for _ in range(20):
         factor_of_size = (smaller * larger) ** 0.5
-        plane = lattice.solve(rows, factor_of_size * rows.square().mean(0, keepdim=True).sqrt())
+        plane = solve(rows, lattice, factor_of_size * rows.square().mean(0, keepdim=True).sqrt())
         often = float(((plane.integers < low) | (plane.integers > high)).float().mean()) > overflow
         smaller, larger = (factor_of_size, larger) if often else (smaller, factor_of_size)
-    return lattice.error(plane.residual)
+    return error(plane.residual, lattice)
 
 
 def test_a_mirrored_row_has_the_mirrored_scale() -> None:
     weight, factor = random_layer()
-    scales, price = overflow_scales(weight.T, *cells_and_pivots(weight, factor), bits=3, rate=0.02)
-    mirrored, same = overflow_scales(-weight.T, *cells_and_pivots(weight, factor), bits=3, rate=0.02)
+    scales, price = overflow_scales(weight.T, *cells_and_pivots(weight, factor), bits=3, share=0.02)
+    mirrored, same = overflow_scales(-weight.T, *cells_and_pivots(weight, factor), bits=3, share=0.02)
     assert torch.equal(mirrored, -scales)
     assert same == pytest.approx(price, rel=1e-5)
     assert 0.3 < float((scales > 0).float().mean()) < 0.7

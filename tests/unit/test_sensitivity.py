@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.streamed import open_streamed
 from vllm_babai.offline.plan.sensitivity import ROW_BLOCK, measure_sensitivity
-from vllm_babai.offline.solver.joint_plane import ROW_DAMPING
+from vllm_babai.offline.solver.row_geometry import ROW_DAMPING
 
 
 @pytest.fixture(scope="module")
