@@ -1,16 +1,22 @@
-# `make demo`: a Babai-quantized model answers over the OpenAI API.   `make test`: every check, no GPU or network needed.
-# Both set up .venv themselves, once.
+# `make demo`: a Babai-quantized model answers over the OpenAI API.   `make test`: the checks, no GPU or network needed.
+# `make test-all`: those marked `long`, too. All set up .venv themselves, once. tests/README.md tells what is where.
 
 VENV := .venv/bin
 CODE := vllm_babai offline triton_kernels deploy tests
 
-.PHONY: demo test lint format setup clean
+# Test files that run at a time: `make test WORKERS="-n 2 --dist loadfile"` on two cores, with OMP_NUM_THREADS=1.
+WORKERS :=
+
+.PHONY: demo test test-all lint format setup clean
 
 demo: setup
 	@$(VENV)/python deploy/demo/demo.py
 
 test: lint
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest $(WORKERS) -m "not long"
+
+test-all: lint
+	$(VENV)/python -m pytest $(WORKERS)
 
 lint: setup
 	$(VENV)/ruff check $(CODE)
