@@ -40,11 +40,12 @@ def try_blocks(decoder: nn.Module, list_name: str, name: str) -> list[Tried]:
     outer = copy.deepcopy(_without(decoder, list_name))
     outer.set_submodule(list_name, nn.ModuleList(trials))
     for module in outer.modules():
-        for tensors in (module._parameters, module._buffers):
-            for key, tensor in tensors.items():
-                if tensor is not None:
-                    zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    tensors[key] = nn.Parameter(zeros, False) if isinstance(tensor, nn.Parameter) else zeros
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = nn.Parameter(_zeros(parameter), requires_grad=False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = _zeros(buffer)
     with torch.no_grad():
         outer.eval()(torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
     if len(tried) != len(blocks):
@@ -98,6 +99,10 @@ def _on_meta(tree: Any, left: dict[int, dict]) -> Any:
     if type(tree) is dict:
         return {key: _on_meta(value, left) for key, value in tree.items()}
     return tree
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=like.dtype, device="cpu")
 
 
 def _without(decoder: nn.Module, list_name: str) -> nn.Module:
