@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 from harness import DEMO, RESULTS, command_line, markdown, panels, save_plot
+from reference import peers
 
 from vllm_babai import offline
 
@@ -25,14 +26,6 @@ WIDTHS = (2, 3, 4)
 HEADINGS = ("format", "ingredients", "bits", "perplexity", "loss, nats", "KL, nats", "seconds")
 PLAIN: dict[str, Any] = {"sensitivity": False, "drift": False, "column_steps": False, "paths": 1}
 CODE_UNAWARE = {"vllm_babai.offline.scales.hptq.RELATIVE_PRICE": 0.0}
-
-# Other tools on the same model, texts and windows: bits per weight, loss in nats. README: "Quality".
-PEERS = {
-    "GPTQ (llm-compressor)": [(3.125, 0.0676), (4.125, 0.0136)],
-    "GPTAQ (GPTQModel)": [(3.125, 0.0686), (4.125, 0.0130)],
-    "AutoRound, 200 iterations": [(3.125, 0.0358), (4.125, 0.0090)],
-    "WaterSIC": [(2.126, 0.0864), (3.125, 0.0215), (4.127, 0.0041)],
-}
 
 
 @dataclass(frozen=True)
@@ -137,7 +130,7 @@ def plot(rows: list[Row], path: Path, with_peers: bool) -> None:
         for name in dict.fromkeys(row.name for row in rows if row.format == form):
             points = sorted((row.bits, row.loss) for row in rows if (row.format, row.name) == (form, name))
             panel.plot(*zip(*points, strict=True), marker=".", label=name, linewidth=2 if name.startswith("all") else 1)
-        for name, points in PEERS.items() if with_peers else ():
+        for name, points in peers().items() if with_peers else ():
             panel.plot(*zip(*points, strict=True), marker="x", linestyle=":", label=name)
         panel.set(title=form.upper(), xlabel="bits per weight, everything counted", yscale="log")
         panel.legend(fontsize="small")
