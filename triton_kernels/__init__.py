@@ -3,7 +3,8 @@
 if __name__ == "triton_kernels":
     raise ImportError("import vllm_babai.triton_kernels: a top-level triton_kernels would hide vLLM's own package")
 
+from vllm_babai.triton_kernels.coded import multiply_coded, warm_up_coded
 from vllm_babai.triton_kernels.dispatch import matmul, warm_up
 from vllm_babai.triton_kernels.layout import device_layout
 
-__all__ = ["device_layout", "matmul", "warm_up"]
+__all__ = ["device_layout", "matmul", "multiply_coded", "warm_up", "warm_up_coded"]

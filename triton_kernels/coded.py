@@ -26,6 +26,12 @@ def multiply_coded(x: Tensor, coded: CodedTensors) -> Tensor:
     return _multiply_fused(tokens, coded).to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def warm_up_coded(coded: CodedTensors, in_features: int, dtype: torch.dtype) -> None:
+    """Launch every kernel that `multiply_coded` may choose for this layer once: nothing compiles while serving."""
+    for tokens in COMPILED_FOR:
+        multiply_coded(torch.zeros(tokens, in_features, dtype=dtype, device=coded.words.device), coded)
+
+
 def _multiply_fused(x: Tensor, coded: CodedTensors) -> Tensor:
     """x [m ≤ MAX_TOKENS, columns] → fp32 [m, rows]."""
     rows, columns = len(coded.row_class), x.shape[1]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from vllm_babai.format import BIT_WIDTHS, SSQR, LatticeWeight, decode_overflow, integer_range
-from vllm_babai.ops import matmul as ops
+from vllm_babai.ops.backends import backend
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # out, in
 OVERFLOW = 0.01
@@ -37,8 +37,10 @@ def babai_kernel(weight: LatticeWeight, bits: int) -> Kernel:
     out_features, in_features = weight.integers.shape
     stored = SSQR.encode(weight, bits)
     overflow = decode_overflow(stored.overflow)
-    layout = ops.device_layout(stored.qweight, stored.scales, overflow, bits, in_features, torch.device("cpu"))
-    ops.warm_up(layout, bits, in_features, out_features, torch.bfloat16)
+    layout = backend("cpu").device_layout(
+        stored.qweight, stored.scales, overflow, bits, in_features, torch.device("cpu")
+    )
+    backend("cpu").warm_up(layout, bits, in_features, out_features, torch.bfloat16)
     return lambda x: torch.ops.babai.matmul(x, *layout, bits, out_features)
 
 

@@ -1,5 +1,7 @@
 """The op `babai::coded_matmul` on the CPU: the dense product, for any integers, eagerly and compiled."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from vllm_babai.cpu import entropy as cpu_entropy
 from vllm_babai.format import LatticeWeight
 from vllm_babai.format.entropy.hptq import encode_integers, read_blob
 from vllm_babai.format.entropy.segments import cut_segments
-from vllm_babai.ops import coded
+from vllm_babai.ops.backends import BACKENDS, Backend, backend
 from vllm_babai.ops.coded import CodedTensors, coded_tensors
 
 
@@ -88,6 +90,8 @@ def test_warm_up_meets_every_kernel_that_tokens_choose() -> None:
     assert max(COMPILED_FOR) > MAX_TOKENS
 
 
-def test_devices_without_a_decoder_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="not on xpu"):
-        coded.backend("xpu")
+@pytest.mark.parametrize("name", [name for name in vars(Backend) if not name.startswith("_")])
+@pytest.mark.parametrize("device_type", BACKENDS)
+def test_backends_are_complete(device_type: str, name: str) -> None:
+    given = list(inspect.signature(getattr(backend(device_type), name)).parameters)
+    assert given == list(inspect.signature(getattr(Backend, name)).parameters)[1:]

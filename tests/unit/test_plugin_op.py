@@ -15,7 +15,7 @@ from vllm_babai.cpu import backend as cpu
 from vllm_babai.cpu import loops as cpu_loops
 from vllm_babai.cpu.kernel import Bfloat16, has_bfloat16
 from vllm_babai.format import SSQR, LatticeWeight, decode_overflow, integer_range
-from vllm_babai.ops import matmul as ops
+from vllm_babai.ops.backends import backend
 from vllm_babai.ops.layout import DeviceLayout
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def random_weight(
 def layout_of(weight: LatticeWeight, bits: int) -> DeviceLayout:
     stored = SSQR.encode(weight, bits)
     in_features = weight.integers.shape[1]
-    return ops.device_layout(stored.qweight, stored.scales, decode_overflow(stored.overflow), bits, in_features, CPU)
+    return cpu.device_layout(stored.qweight, stored.scales, decode_overflow(stored.overflow), bits, in_features, CPU)
 
 
 def multiply(x: Tensor, weight: LatticeWeight, bits: int) -> Tensor:
@@ -192,7 +192,7 @@ def test_under_torch_compile() -> None:
 
 
 def test_thread_count_of_torch_stays() -> None:
-    code = "import torch; torch.set_num_threads(1); from vllm_babai import cpu; print(torch.get_num_threads())"
+    code = "import torch; torch.set_num_threads(1); import vllm_babai.cpu; print(torch.get_num_threads())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
 
 
@@ -215,4 +215,4 @@ def test_odd_groups_are_refused() -> None:
 
 def test_devices_without_kernels_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="not for xpu"):
-        ops.backend("xpu")
+        backend("xpu")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_babai.format import BIT_WIDTHS, SSQR, LatticeWeight, decode_overflow, integer_range
-from vllm_babai.plugin.split import SAMPLE, Band, split
+from vllm_babai.format.dense_sparse.split import SAMPLE, Band, split
 
 RATE = 0.02
 

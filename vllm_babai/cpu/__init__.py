@@ -1,1 +1,6 @@
-"""The CPU backend."""
+"""The CPU backend: kernels built as LLVM IR, which need no C compiler. Importing it imports numba."""
+
+from vllm_babai.cpu.backend import device_layout, matmul, warm_up
+from vllm_babai.cpu.entropy import multiply_coded, warm_up_coded
+
+__all__ = ["device_layout", "matmul", "multiply_coded", "warm_up", "warm_up_coded"]

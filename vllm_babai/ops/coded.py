@@ -1,12 +1,6 @@
-"""HPTQ that stays coded in device memory: its streams as tensors, and the op `babai::coded_matmul` that decodes them.
-
-Importable without vllm.
-"""
+"""The custom op `babai::coded_matmul`: x Wᵀ with a weight that stays entropy coded on the device."""
 
 from collections.abc import Callable
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,17 +10,15 @@ from torch import Tensor
 from vllm_babai.format.entropy.code import padded
 from vllm_babai.format.entropy.hptq import MAX_LANES
 from vllm_babai.format.entropy.segments import FIELDS, SegmentedMatrix
-from vllm_babai.ops.matmul import library
-
-BACKENDS = {"cpu": "vllm_babai.cpu.entropy", "cuda": "vllm_babai.triton_kernels.coded"}
+from vllm_babai.ops.backends import backend
 
 
 class CodedTensors(NamedTuple):
-    """The streams of one linear layer in device memory, see `format.segments`.
+    """The streams of one linear layer in device memory, see `vllm_babai.format.entropy.segments`.
 
-    words: int16 [words], with room behind. segments: int32 [segments, FIELDS]. states: int32 [segments, MAX_LANES].
+    words: int16 [words], padded at the end. segments: int32 [segments, FIELDS]. states: int32 [segments, MAX_LANES].
     row_class: int16 [rows], column_class: uint8 [classes]. table: int32 [contexts · 2^PRECISION].
-    scales: fp32 [rows, groups]. across: most segments side by side.
+    scales: fp32 [rows, groups]. across: the largest number of segments side by side.
     """
 
     words: Tensor
@@ -45,7 +37,7 @@ class CodedTensors(NamedTuple):
 
 
 def coded_tensors(matrix: SegmentedMatrix, scales: Tensor, device: torch.device) -> CodedTensors:
-    """Streams of a layer, and its scales, bfloat16 [rows, groups], on a device."""
+    """Place the streams of a layer and its scales, bfloat16 [rows, groups], on a device."""
     return CodedTensors(
         torch.from_numpy(padded(matrix.words, MAX_LANES).view("int16")).to(device),
         torch.from_numpy(matrix.segments.view(np.int32).reshape(-1, len(FIELDS))).to(device),
@@ -59,10 +51,10 @@ def coded_tensors(matrix: SegmentedMatrix, scales: Tensor, device: torch.device)
 
 
 def multiply_decoded(x: Tensor, coded: CodedTensors, decode: Callable[[CodedTensors, Tensor], Tensor]) -> Tensor:
-    """x Wᵀ in the dtype of x, for many tokens: decode to a workspace, multiply with that.
+    """x Wᵀ in the dtype of x, for many tokens: decode the weight into a workspace, then multiply with it.
 
     PyTorch's caching allocator makes it one workspace for all layers, also inside a captured CUDA graph.
-    decode: decodes into its second argument and returns it.
+    decode(coded, out) writes the weight into `out` [rows, columns] and returns it.
     """
     # fp16 has no room for small scales times large integers
     compute = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
@@ -70,18 +62,7 @@ def multiply_decoded(x: Tensor, coded: CodedTensors, decode: Callable[[CodedTens
     return torch.nn.functional.linear(x.to(compute), decode(coded, workspace)).to(x.dtype)
 
 
-@cache
-def backend(device_type: str) -> ModuleType:
-    """The module whose `multiply_coded(x, CodedTensors)` is for this type of device.
-
-    Its COMPILED_FOR: numbers of tokens that between them use everything it compiles. Raises NotImplementedError where
-    there is none.
-    """
-    if device_type not in BACKENDS:
-        raise NotImplementedError(f"babai decodes on {', '.join(BACKENDS)}, not on {device_type}")
-    return import_module(BACKENDS[device_type])
-
-
+library = torch.library.Library("babai", "FRAGMENT")  # the op lives as long as this object
 library.define(
     "coded_matmul(Tensor x, Tensor words, Tensor segments, Tensor states, Tensor row_class, Tensor column_class,"
     " Tensor table, Tensor scales, int across) -> Tensor"

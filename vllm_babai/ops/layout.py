@@ -1,4 +1,4 @@
-"""The device layout: the tensors that the custom op `babai::matmul` takes for one linear layer."""
+"""The device layout of a dense + sparse weight: the tensors that the custom op `babai::matmul` takes for one linear."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 class DeviceLayout(NamedTuple):
-    """Made once at load from the hardware-neutral checkpoint; what each tensor holds is its backend's own affair.
+    """Made once at load from the hardware-neutral checkpoint. Each backend defines shapes and dtypes of its own.
 
-    dense: the packed integers. scales: their scales. entries, offsets: the overflow.
+    dense: the packed integers of the dense part. scales: their scales. entries, offsets: the overflow.
     """
 
     dense: Tensor

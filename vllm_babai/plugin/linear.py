@@ -11,8 +11,8 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_babai.format import LayerScheme
-from vllm_babai.ops import matmul as ops
-from vllm_babai.ops.coded import backend, coded_tensors
+from vllm_babai.ops.backends import backend
+from vllm_babai.ops.coded import CodedTensors, coded_tensors
 from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.plugin.parameter import StoredParameter
 from vllm_babai.plugin.progress import LoadProgress
@@ -119,7 +119,9 @@ class BabaiLinearMethod(LinearMethodBase):
     def _place(self, weight: Any, device: torch.device) -> dict[str, Tensor]:
         """What the reader made of the layer's weight → parameters on the device, by name."""
         self.bits = weight.bits
-        layout = ops.device_layout(weight.qweight, weight.scales, weight.overflow, self.bits, self.in_features, device)
+        layout = backend(device.type).device_layout(
+            weight.qweight, weight.scales, weight.overflow, self.bits, self.in_features, device
+        )
         return dict(zip(LAYOUT_NAMES, layout, strict=True))
 
     def _multiply(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ class BabaiLinearMethod(LinearMethodBase):
 
     def _warm_up(self, layer: torch.nn.Module, device: torch.device) -> None:
         """Leave nothing to compile while serving."""
-        ops.warm_up(_layout(layer), self.bits, self.in_features, self.out_features, self.params_dtype)
+        backend(device.type).warm_up(_layout(layer), self.bits, self.in_features, self.out_features, self.params_dtype)
 
 
 @register_weight_loader_v2_supported_method
@@ -145,8 +147,8 @@ class CodedLinearMethod(BabaiLinearMethod):
         return torch.ops.babai.coded_matmul(x, *(getattr(layer, name) for name in CODED_NAMES), self.across)
 
     def _warm_up(self, layer: torch.nn.Module, device: torch.device) -> None:
-        for tokens in backend(device.type).COMPILED_FOR:
-            self._multiply(layer, torch.zeros(tokens, self.in_features, dtype=self.params_dtype, device=device))
+        fields: Any = (*(getattr(layer, name) for name in CODED_NAMES), self.across)
+        backend(device.type).warm_up_coded(CodedTensors(*fields), self.in_features, self.params_dtype)
 
 
 METHODS = {"packed": BabaiLinearMethod, "coded": CodedLinearMethod}

@@ -171,7 +171,7 @@ def hptq_column_multiple(scheme: LayerScheme) -> int:
 
 def pack_windows(parts: Sequence[CodedWindow]) -> RankWeight:
     """Linears below each other, dense + sparse with the fewest bits that leave little overflow. Raises FormatError."""
-    from vllm_babai.plugin.split import Band, split
+    from vllm_babai.format.dense_sparse.split import Band, split
 
     input_scales = common_input_scales(parts)
     columns = parts[0].window.columns

@@ -1,6 +1,7 @@
-"""Integers of any size → dense + sparse in memory, as fast as memory: what loading HPTQ to SSQR needs.
+"""Integers of any size → dense part and overflow, at the speed of memory: how HPTQ is loaded as dense + sparse.
 
-The same as `SSQR.encode` without the overflow blob. Importing this module imports numba: import it where it is used.
+The result is that of `SSQR.encode`, without the overflow blob. Importing this module imports numba, which takes a
+second: import it where it is used.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,40 +18,42 @@ from vllm_babai.format.dense_sparse.packing import packed_bytes
 from vllm_babai.format.lattice import BIT_WIDTHS
 
 WIDTHS = np.array(BIT_WIDTHS)
-SAMPLE = 16  # one of so many bands tells the width that is tried first
+SAMPLE = 16  # every 16th band is counted to guess the width; a choice that was not measured
 
 
 class Band(NamedTuple):
-    """Rows of a matrix. integers(): int16 [rows, in], |z| ≤ 2¹⁵ − 1, called more than once."""
+    """Consecutive rows of a matrix. integers() returns int16 [rows, in], |z| ≤ 2¹⁵ − 1; it is called more than once."""
 
     rows: int
     integers: Callable[[], np.ndarray]
 
 
-def split(bands: Sequence[Band], columns: int, overflow_rate: float) -> tuple[int, Tensor, Overflow]:
-    """Bands below each other, of so many columns → bits, dense part, overflow.
+def split(bands: Sequence[Band], columns: int, most_overflow: float) -> tuple[int, Tensor, Overflow]:
+    """Bands stacked by rows, all of `columns` columns → bits, dense part, overflow.
 
-    bits: the smallest width of which less than `overflow_rate` of the weights overflow, or the largest there is.
-    Dense part: uint8 [out, packed_bytes(in, bits)], see `format.packing`. Every band is packed while it is in the
-    cache, with the bits that a sample of them needs; rarely all of them need others, and are packed again.
+    bits: the smallest width at which less than `most_overflow` (a share of the weights) overflows, else the largest.
+    Dense part: uint8 [out, packed_bytes(in, bits)], see `vllm_babai.format.dense_sparse.packing`.
+
+    Each band is packed while it is in the cache, at the width that a sample of the bands needs. If all bands together
+    turn out to need another width, which is rare, they are packed again.
     """
     sample = bands[::SAMPLE]
     counts = parallel_map(lambda band: count_overflow(band.integers(), WIDTHS), sample)
-    bits = _smallest_width(counts, columns * sum(band.rows for band in sample), overflow_rate)
+    bits = _smallest_width(counts, columns * sum(band.rows for band in sample), most_overflow)
     counts, packed, overflow = _pack(bands, columns, bits)
-    needed = _smallest_width(counts, columns * len(packed), overflow_rate)
+    needed = _smallest_width(counts, columns * len(packed), most_overflow)
     if needed != bits:
         _, packed, overflow = _pack(bands, columns, needed)
     return needed, torch.from_numpy(packed), overflow
 
 
-def _smallest_width(counts: Sequence[np.ndarray], weights: int, overflow_rate: float) -> int:
-    small_enough = np.sum(counts, axis=0) < overflow_rate * weights
+def _smallest_width(counts: Sequence[np.ndarray], weights: int, most_overflow: float) -> int:
+    small_enough = np.sum(counts, axis=0) < most_overflow * weights
     return BIT_WIDTHS[int(np.argmax(small_enough))] if small_enough.any() else BIT_WIDTHS[-1]
 
 
 def _pack(bands: Sequence[Band], columns: int, bits: int) -> tuple[list[np.ndarray], np.ndarray, Overflow]:
-    """How many integers of each band do not fit each width, the dense part, and the overflow."""
+    """How many integers of each band overflow each width, the dense part, and the overflow."""
     *first_rows, rows = accumulate((band.rows for band in bands), initial=0)
     packed = np.empty((rows, packed_bytes(columns, bits)), np.uint8)
 
@@ -70,7 +73,7 @@ def _pack(bands: Sequence[Band], columns: int, bits: int) -> tuple[list[np.ndarr
 
 @compiled
 def count_overflow(integers, widths):
-    """How many integers, int16 [rows, columns], do not fit each of `widths` bits, int64 [widths]."""
+    """How many of the integers, int16 [rows, columns], overflow each of `widths` (bits): int64 [widths]."""
     counts = np.zeros(len(widths), np.int64)
     for row in range(len(integers)):
         for i in range(len(widths)):
@@ -80,7 +83,7 @@ def count_overflow(integers, widths):
 
 @compiled
 def split_rows(integers, bits, packed, row_index, column_index, excess):
-    """Pack the rows of int16 [rows, columns], and list their overflow."""
+    """Pack int16 [rows, columns] into `packed`, and list the overflow in the last three arguments, int32 [entries]."""
     columns, half = integers.shape[1], 1 << (bits - 1)
     room = (columns + 7) // 8 * 8
     dense, beyond, words = np.full(room, half, np.uint8), np.zeros(room, np.uint8), np.empty(room // 8, np.uint64)
@@ -100,12 +103,12 @@ def split_rows(integers, bits, packed, row_index, column_index, excess):
                         position += 1
 
 
-# Short loops that the compiler makes vector instructions of
+# Short loops, which the compiler turns into vector instructions
 
 
 @compiled
 def count_outside(integers, limit):
-    """How many integers are not in −limit … limit − 1."""
+    """How many integers lie outside −limit … limit − 1."""
     outside = np.int32(0)
     for column in range(len(integers)):
         z = integers[column]
@@ -115,7 +118,7 @@ def count_outside(integers, limit):
 
 @compiled
 def clamp(integers, low, high, dense, beyond):
-    """Integers between `low` and `high`, as uint8 from 0 on, and whether they were beyond."""
+    """Clamp to low … high: `dense` gets the result minus `low`, uint8, `beyond` whether it was clamped."""
     for column in range(len(integers)):
         z = integers[column]
         within = min(max(z, low), high)
@@ -125,7 +128,7 @@ def clamp(integers, low, high, dense, beyond):
 
 @compiled
 def close_gaps(octets, bits, words):
-    """Eight integers of `bits` bits, from a byte each to 8 · bits bits without gaps."""
+    """Each word holds eight integers of `bits` bits, one per byte: move them together into its lowest 8 · bits bits."""
     one = np.uint64(0x0001000100010001) * np.uint64((1 << bits) - 1)  # the lower of two neighbours
     two = np.uint64(0x0000000100000001) * np.uint64((1 << (2 * bits)) - 1)
     four = np.uint64((1 << (4 * bits)) - 1)
@@ -138,7 +141,7 @@ def close_gaps(octets, bits, words):
 
 @compiled
 def store(words, bits, packed):
-    """The lowest `bits` bytes of each word. Eight are written where there is room: one instruction does it."""
+    """Write the lowest `bits` bytes of each word to `packed`, eight at a time where there is room: one instruction."""
     whole = max(0, (len(packed) - 8) // bits + 1)
     for octet in range(whole):
         word, first = words[octet], np.uint64(octet * bits)

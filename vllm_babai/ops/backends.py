@@ -1,0 +1,56 @@
+"""Which package multiplies on which type of device: the one registry of backends.
+
+To add a device, write a package whose `__init__` has the functions of `Backend` and name it in `BACKENDS`; then
+register the two ops for the device's dispatch key in `ops.matmul` and `ops.coded`.
+"""
+
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from vllm_babai.format import Overflow
+
+if TYPE_CHECKING:
+    from vllm_babai.ops.coded import CodedTensors
+    from vllm_babai.ops.layout import DeviceLayout
+
+BACKENDS = {"cpu": "vllm_babai.cpu", "cuda": "vllm_babai.triton_kernels"}
+
+
+class Backend(Protocol):
+    """What a backend gives, as functions of its package."""
+
+    def device_layout(
+        self, qweight: Tensor, scales: Tensor, overflow: Overflow, bits: int, in_features: int, device: torch.device
+    ) -> "DeviceLayout":
+        """Arrange one linear for `matmul`, once at load.
+
+        qweight: uint8 [out, packed_bytes(in, bits)]. scales: bfloat16 [out, groups]. overflow: of the same out × in.
+        """
+
+    def matmul(
+        self, x: Tensor, dense: Tensor, scales: Tensor, entries: Tensor, offsets: Tensor, bits: int, out_features: int
+    ) -> Tensor:
+        """x [..., in] bf16, fp16 or fp32 → x Wᵀ [..., out], contiguous, in the dtype of x."""
+
+    def warm_up(
+        self, layout: "DeviceLayout", bits: int, in_features: int, out_features: int, dtype: torch.dtype
+    ) -> None:
+        """Compile everything that `matmul` may use for this linear and activations of `dtype`."""
+
+    def multiply_coded(self, x: Tensor, coded: "CodedTensors") -> Tensor:
+        """As `matmul`, for a linear that stays entropy coded."""
+
+    def warm_up_coded(self, coded: "CodedTensors", in_features: int, dtype: torch.dtype) -> None:
+        """Compile everything that `multiply_coded` may use for this linear and activations of `dtype`."""
+
+
+@cache
+def backend(device_type: str) -> Backend:
+    """The backend for a type of device, imported on first use. Raises NotImplementedError where there is none."""
+    if device_type not in BACKENDS:
+        raise NotImplementedError(f"babai has kernels for {', '.join(BACKENDS)}, not for {device_type}")
+    return cast(Backend, import_module(BACKENDS[device_type]))
