@@ -1,16 +1,20 @@
 """The command `babai`."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import MISSING, Field, asdict, fields, replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+
+from vllm_babai.offline.options import QuantizeOptions, torch_dtype
 
 if TYPE_CHECKING:
     from vllm_babai.offline.tools.evaluate import Evaluation
@@ -19,76 +23,49 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Lattice quantization of large language models.", no_args_is_help=True, add_completion=False)
 
 Model = Annotated[str, typer.Argument(help="Model folder, or its name on the Hugging Face hub.")]
-Calibration = Annotated[str, typer.Option(help="Text: a .jsonl, .txt or .parquet file, or a dataset on the hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
 
 
+def takes_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """On the command line, the command's parameter `options` is fields of QuantizeOptions: `names`, or all of them."""
+    hints = get_type_hints(QuantizeOptions, include_extras=True)
+    taken = [field for field in fields(QuantizeOptions) if not names or field.name in names]
+
+    def on_command_line(field: Field) -> Parameter:
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name])
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[Parameter] = []
+        for own in signature(command).parameters.values():
+            replaced = [on_command_line(field) for field in taken]
+            parameters += replaced if own.name == "options" else [own.replace(kind=Parameter.KEYWORD_ONLY)]
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            command(options=QuantizeOptions(**{field.name: given.pop(field.name) for field in taken}), **given)
+
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
 @app.command()
+@takes_options()
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    format: Annotated[Literal["ssqr", "hptq"], typer.Option(help="Dense + sparse, or entropy coded.")] = "ssqr",
-    bits: Annotated[int, typer.Option(help="SSQR: dense bits per weight: 2, 3, 4, 5 or 8.")] = 4,
-    overflow: Annotated[float, typer.Option(help="SSQR: share of weights stored sparsely.")] = 0.01,
-    rate: Annotated[float, typer.Option(help="HPTQ: bits per weight, everything counted.")] = 3.125,
-    column_steps: Annotated[bool, typer.Option(help="HPTQ: steps by column where they pay.")] = True,
-    target_bits: Annotated[
-        float | None,
-        typer.Option(help="SSQR: bits per weight of the whole model, shared out among linears."),
-    ] = None,
-    group_size: Annotated[int, typer.Option(help="Input features per scale: -1 (whole rows), 32, 64 or 128.")] = -1,
-    order: Annotated[
-        Literal["min-pivot", "activation", "natural", "reverse"], typer.Option(help="Order of nearest plane.")
-    ] = "activation",
-    paths: Annotated[int, typer.Option(help="Candidates that nearest plane keeps in a row; 1: one.")] = 16,
-    calibration: Calibration = "NeelNanda/pile-10k",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in each; 0: 2048, or fewer if the model has.")] = 0,
-    damping: Annotated[float, typer.Option(help="Added to the Hessian's diagonal, as a share of its mean.")] = 0.01,
-    drift: Annotated[bool, typer.Option(help="Correct weights for errors of earlier linears.")] = True,
-    sensitivity: Annotated[bool, typer.Option(help="Weigh errors by how much the loss minds them.")] = True,
-    ignore: Annotated[list[str], typer.Option(help="Regular expression of linears to leave as they are.")] = [],  # noqa: B006
-    lm_head: Annotated[
-        float | None,
-        typer.Option(
-            help="Bits of lm_head, where it is not tied to the embedding: a width for SSQR, a rate for HPTQ; "
-            "without it, it stays as it is."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the model's forward pass: auto, float32, bfloat16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Fixes the choice of calibration sequences.")] = 0,
+    options: QuantizeOptions,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that `vllm serve OUT --quantization babai` serves."""
-    from vllm_babai.offline.options import QuantizeOptions
+    from vllm_babai.offline.model.checkpoint import REPORT
     from vllm_babai.offline.pipeline import quantize as run
-    from vllm_babai.offline.run_folder import REPORT
 
-    options = QuantizeOptions(
-        format=format,
-        bits=bits,
-        overflow=overflow,
-        rate=rate,
-        column_steps=column_steps,
-        target_bits=target_bits,
-        group_size=group_size,
-        order=order,
-        paths=paths,
-        calibration=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        damping=damping,
-        drift=drift,
-        sensitivity=sensitivity,
-        ignore=ignore,
-        lm_head=lm_head,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-    )
     with _resumable("`babai quantize` goes on where it stopped with --resume"):
         folder = run(model, out, options, resume=resume, overwrite=overwrite)
     report = json.loads((folder / REPORT).read_text())
@@ -130,21 +107,19 @@ def inspect(
 
 
 @app.command()
+@takes_options("calibration", "samples", "sequence_length")
 def predict(
     model: Model,
     target_bits: Annotated[float, typer.Option(help="Bits per weight, everything counted.")],
+    *,
     format: Annotated[Literal["ssqr", "hptq"], typer.Option(help="Checkpoint format.")] = "ssqr",
-    calibration: Calibration = "NeelNanda/pile-10k",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in each; 0: 2048, or fewer if the model has.")] = 0,
+    options: QuantizeOptions,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the trade-off curve.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what MODEL will be like at a size, and where its bits go, without quantizing it."""
-    from vllm_babai.offline.options import QuantizeOptions
     from vllm_babai.offline.tools.predict import predict as run
 
-    options = QuantizeOptions(calibration=calibration, samples=samples, sequence_length=sequence_length)
     goal = (
         replace(options, format="hptq", rate=target_bits)
         if format == "hptq"
@@ -240,7 +215,6 @@ def convert(
 ) -> None:
     """Convert a quantized folder: to the other format, the same lattice points, or to an ordinary dense checkpoint."""
     from vllm_babai.offline.model.checkpoint import open_checkpoint
-    from vllm_babai.offline.options import torch_dtype
     from vllm_babai.offline.tools.convert import convert as run
 
     folder = run(source, out, to, torch_dtype(dtype), overwrite=overwrite)
@@ -278,7 +252,7 @@ def _resumable(advice: str) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command; what the user can mend is shown without a traceback."""
+    """Run the command; what the user can fix is shown without a traceback."""
     from vllm_babai.errors import QuantizationError
 
     torch.set_float32_matmul_precision("highest")

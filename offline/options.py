@@ -1,10 +1,11 @@
 """Options of a quantization run."""
 
 import re
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
 import torch
+from typer import Option
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import BIT_WIDTHS
@@ -14,43 +15,51 @@ from vllm_babai.offline.solver.factor import ORDERS, Order
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What `babai quantize` takes. Raises QuantizationError that names the option at fault.
+    """What `babai quantize` takes; an option's help stands beside its field, for the command line and for readers.
 
-    bits: dense bits per weight. overflow: share of weights stored sparsely. group_size: input features per scale, −1
-    for one scale per output row. target_bits: bits per weight of the whole model, everything counted, by which bits and
-    overflow are chosen for every linear. These four are SSQR's; HPTQ's are rate: bits per weight, everything counted,
-    and column_steps: a step per column in linears where that is predicted to pay.
-    order: of nearest plane. paths: that it keeps in every row, each taking its share of the time; 1: Babai's algorithm,
-    to the letter. calibration: file or hub dataset; samples × sequence_length tokens of it are used (0: 2048, or what
-    the model's positions allow). damping: λ over the Hessian's mean diagonal. drift: correct weights for what the
-    quantized linears before have done, which takes a second copy of the calibration inputs.
-    sensitivity: weigh tokens, rows and linears by how much the loss minds their errors, which takes one backward pass.
-    ignore: regular expressions; linears that one of them finds by full name stay as they are. lm_head: bits of the
-    linear that makes logits, a width for SSQR, a rate for HPTQ; None: it stays as it is. No plan counts it, and
-    `ignore` does not name it. device, dtype: of the model's forward pass; 'auto' is CUDA where there is one, and
-    bfloat16 there, float32 on the CPU.
+    Raises QuantizationError that names the option at fault.
     """
 
-    format: Literal["ssqr", "hptq"] = "ssqr"
-    bits: int = 4
-    overflow: float = 0.01
-    rate: float = 3.125
-    column_steps: bool = True
-    target_bits: float | None = None
-    group_size: int = -1
-    order: Order = "activation"
-    paths: int = 16
-    calibration: str = "NeelNanda/pile-10k"
-    samples: int = 128
-    sequence_length: int = 0
-    damping: float = 0.01
-    drift: bool = True
-    sensitivity: bool = True
-    ignore: list[str] = field(default_factory=list)
-    lm_head: float | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 0
+    format: Annotated[Literal["ssqr", "hptq"], Option(help="Dense + sparse, or entropy coded.")] = "ssqr"
+    bits: Annotated[int, Option(help="SSQR: dense bits per weight: 2, 3, 4, 5 or 8.")] = 4
+    overflow: Annotated[float, Option(help="SSQR: share of weights stored sparsely.")] = 0.01
+    rate: Annotated[float, Option(help="HPTQ: bits per weight, everything counted.")] = 3.125
+    # A step for every column is kept only in linears where it is predicted to lower the error.
+    column_steps: Annotated[bool, Option(help="HPTQ: steps by column where they pay.")] = True
+    # Everything is counted; bits and overflow are then chosen for every linear.
+    target_bits: Annotated[
+        float | None, Option(help="SSQR: bits per weight of the whole model, shared out among linears.")
+    ] = None
+    group_size: Annotated[int, Option(help="Input features per scale: -1 (whole rows), 32, 64 or 128.")] = -1
+    order: Annotated[Order, Option(help="Order of nearest plane.")] = "activation"
+    # One path is Babai's algorithm to the letter; the time grows with their number.
+    paths: Annotated[int, Option(help="Candidates that nearest plane keeps in a row; 1: one.")] = 16
+    calibration: Annotated[str, Option(help="Text: a .jsonl, .txt or .parquet file, or a dataset on the hub.")] = (
+        "NeelNanda/pile-10k"
+    )
+    samples: Annotated[int, Option(help="Calibration sequences.")] = 128
+    sequence_length: Annotated[int, Option(help="Tokens in each; 0: 2048, or fewer if the model has.")] = 0
+    damping: Annotated[float, Option(help="Added to the Hessian's diagonal, as a share of its mean.")] = 0.01
+    # It takes a second copy of the calibration inputs: those of the original model.
+    drift: Annotated[bool, Option(help="Correct weights for errors of earlier linears.")] = True
+    # It takes one backward pass over the calibration text.
+    sensitivity: Annotated[bool, Option(help="Weigh errors by how much the loss minds them.")] = True
+    # A pattern is searched for in a linear's full name.
+    ignore: Annotated[list[str], Option(help="Regular expression of linears to leave as they are.")] = field(
+        default_factory=list
+    )
+    # No plan counts the head, and `ignore` does not apply to it.
+    lm_head: Annotated[
+        float | None,
+        Option(
+            help="Bits of lm_head, where it is not tied to the embedding: a width for SSQR, a rate for HPTQ; "
+            "without it, it stays as it is."
+        ),
+    ] = None
+    device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto"
+    # auto: bfloat16 on CUDA, float32 on the CPU.
+    dtype: Annotated[str, Option(help="Of the model's forward pass: auto, float32, bfloat16.")] = "auto"
+    seed: Annotated[int, Option(help="Fixes the choice of calibration sequences.")] = 0
 
     def __post_init__(self) -> None:
         _check("--bits", self.bits in BIT_WIDTHS, f"one of {BIT_WIDTHS}", self.bits)
@@ -84,11 +93,6 @@ class QuantizeOptions:
     def planned_rate(self) -> float | None:
         """Bits per weight that a plan shares out among the linears; None where each gets the same."""
         return self.rate if self.format == "hptq" else self.target_bits
-
-    def of_head(self) -> "QuantizeOptions":
-        """Options by which the head alone is quantized: `lm_head` is the bits, or the rate."""
-        assert self.lm_head is not None
-        return replace(self, bits=int(self.lm_head)) if self.format == "ssqr" else replace(self, rate=self.lm_head)
 
     def resolve_device(self) -> torch.device:
         """The device to compute on. Raises QuantizationError when CUDA is asked for and missing."""

@@ -1,10 +1,10 @@
-"""What a decoder block's linears see: groups that share an input, their Hessians, and the block's outputs."""
+"""What a decoder block's linears see: groups that share an input, the moments of it, and the block's outputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.solver.drift import Drift
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048  # a choice: enough to fill a device, few enough that activations are small beside a block
 ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_)  # what + and += come to
 
 
@@ -62,50 +62,10 @@ def shared_inputs(
     return list(groups.values())
 
 
-@torch.no_grad()
-def hessians(
-    block: nn.Module,
-    linears: dict[str, nn.Linear],
-    hidden: Tensor,
-    arguments: dict[str, Any],
-    token_weights: Mapping[str, Tensor | None] | None = None,
-) -> dict[str, Tensor]:
-    """H = XᵀX / tokens of the inputs X of every linear given, float32 [in, in]; the block runs no further than they.
-
-    token_weights: linear → how much each token counts, mean 1, [sequences, length]; none: all the same. float32 sums of
-    products of a few thousand tokens each lose no more than 1e-6 of an entry's size, far below the damping. Raises
-    QuantizationError when an activation is NaN or Inf.
-    """
-    totals = {n: torch.zeros(m.in_features, m.in_features, device=m.weight.device) for n, m in linears.items()}
-    seen: dict[str, Tensor] = {}
-
-    def capture(name: str, _: nn.Module, args: tuple) -> None:
-        seen[name] = args[0]
-        if len(seen) == len(linears):
-            raise _Reached
-
-    with _hooked((linear, partial(capture, name)) for name, linear in linears.items()):
-        for window, batch in batches(hidden, next(block.parameters()).device):
-            seen.clear()
-            with suppress(_Reached):
-                run_block(block, batch, arguments)
-            for name, inputs in seen.items():
-                rows = inputs.reshape(-1, inputs.shape[-1]).float()
-                weights = (token_weights or {}).get(name)
-                if weights is not None:
-                    rows = rows * weights[window].reshape(-1, 1).to(rows.device).sqrt()
-                totals[name].addmm_(rows.T, rows)
-    for name, total in totals.items():
-        if not torch.isfinite(total.diagonal()).all():
-            raise QuantizationError(f"{name}: its input activations have NaN or Inf on the calibration text")
-        total /= hidden.shape[:2].numel()
-    return totals
-
-
 @dataclass(frozen=True)
 class Seen:
-    """What a linear sees of one batch: inputs [tokens, in], and the hidden states [tokens, out] that its output is
-    added to, or None where it is not; float32. window: the sequences of the batch.
+    """What a linear sees of one batch. window: the sequences of the batch. inputs: float32 [tokens, in]. stream: the
+    hidden states that its output is added to, float32 [tokens, out], or None where they were not asked for.
     """
 
     window: slice
@@ -114,65 +74,133 @@ class Seen:
 
 
 @torch.no_grad()
-def seen_by(block: nn.Module, linear: nn.Linear, hidden: Tensor, arguments: dict[str, Any]) -> Iterator[Seen]:
-    """Batch by batch, what `linear` sees; the block runs no further than needed.
+def added_linears(
+    block: nn.Module, linears: Mapping[str, nn.Linear], hidden: Tensor, arguments: dict[str, Any]
+) -> set[str]:
+    """Names of the linears whose outputs the block adds to hidden states; found out on one sequence.
 
-    An output counts as added to hidden states where the very tensor is an operand of a sum with another of its shape.
-    This holds for the output and down projections of pre-norm blocks, whatever they are called; it does not where a
-    norm comes between, as in Gemma 2.
+    An output counts as added where the very tensor is an operand of a sum with another of its shape. This holds for the
+    output and down projections of pre-norm blocks, whatever they are called; it does not where a norm comes between, as
+    in Gemma 2.
     """
-    device = linear.weight.device
-    probe = _Watch(is_added=True)
-    probe.run(block, linear, hidden[:1].to(device), arguments)
-    for window, batch in batches(hidden, device):
-        watch = _Watch(is_added=probe.stream is not None)
-        watch.run(block, linear, batch, arguments)
-        stream = None if watch.stream is None else watch.stream.flatten(0, -2).float()
-        yield Seen(window, watch.inputs.flatten(0, -2).float(), stream)
+    probe = _Watch(linears, linears.keys())
+    probe.run(block, hidden[:1].to(next(block.parameters()).device), arguments)
+    return set(probe.streams)
+
+
+@torch.no_grad()
+def seen_by(
+    block: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    added: Collection[str] = (),
+) -> Iterator[dict[str, Seen]]:
+    """Batch by batch, linear → what it sees; the block runs no further than needed.
+
+    added: linears whose hidden states are asked for, see `added_linears`.
+    """
+    for window, batch in batches(hidden, next(block.parameters()).device):
+        watch = _Watch(linears, added)
+        watch.run(block, batch, arguments)
+        streams = {name: stream.flatten(0, -2).float() for name, stream in watch.streams.items()}
+        yield {n: Seen(window, x.flatten(0, -2).float(), streams.get(n)) for n, x in watch.inputs.items()}
+
+
+class Moments(NamedTuple):
+    """hessian: H = E[w x̂x̂ᵀ] of a linear's inputs x̂, float32 [in, in]. drift: how far x̂ is from what the original
+    model has there, None where that was not captured.
+    """
+
+    hessian: Tensor
+    drift: Drift | None
 
 
 def moments(
-    linear: str, quantized: Iterable[Seen], original: Iterable[Seen], token_weights: Tensor | None
-) -> tuple[Tensor, Drift]:
-    """H = E[w x̂x̂ᵀ], float32 [in, in], and the drift, from what a linear of both models sees of the same batches.
+    quantized: Iterable[Mapping[str, Seen]],
+    original: Iterable[Mapping[str, Seen]] | None,
+    token_weights: Mapping[str, Tensor | None],
+) -> dict[str, Moments]:
+    """Linear → moments of its inputs, from what `seen_by` gives of one model, or of both for the same batches.
 
-    token_weights: mean 1, [sequences, length]; None: all the same. Raises QuantizationError that names the linear when
-    an activation is NaN or Inf.
+    token_weights: linear → how much each token counts, w of mean 1, [sequences, length]; None: all the same. float32
+    sums of products of a few thousand tokens each lose no more than 1e-6 of an entry's size, far below the damping.
+    Raises QuantizationError that names the linear when an activation is NaN or Inf.
     """
-    totals: list[Tensor] = []
-    tokens = 0
-    for seen, wanted in zip(quantized, original, strict=True):
-        gaps = [wanted.inputs - seen.inputs]
-        if seen.stream is not None and wanted.stream is not None:
-            gaps.append(wanted.stream - seen.stream)
-        right = seen.inputs
-        if token_weights is not None:
-            right = right * token_weights[seen.window].reshape(-1, 1).to(right.device)
-        features, middle = right.shape[1], len(right) // 2
-        totals = totals or [right.new_zeros(features, features), *(g.new_zeros(2, g.shape[1], features) for g in gaps)]
-        totals[0].addmm_(seen.inputs.T, right)
-        for total, gap in zip(totals[1:], gaps, strict=True):
+    sums = {linear: _Sums(weights) for linear, weights in token_weights.items()}
+    pairs = ((seen, None) for seen in quantized) if original is None else zip(quantized, original, strict=True)
+    for seen, wanted in pairs:
+        for linear, own in sums.items():
+            own.add(seen[linear], None if wanted is None else wanted[linear])
+    return {linear: own.moments(linear) for linear, own in sums.items()}
+
+
+class _Sums:
+    """Sums of products of a linear's inputs, and of their gap to the original model's, over the tokens so far."""
+
+    def __init__(self, token_weights: Tensor | None) -> None:
+        self.token_weights = token_weights
+        self.tokens = 0
+        self.hessian = torch.empty(0)
+        self.gaps: list[Tensor] = []  # of the inputs, and of the hidden states if there are any; [2, features, in] each
+
+    def add(self, seen: Seen, wanted: Seen | None) -> None:
+        """Add a batch; wanted: what the original model has of it."""
+        left = right = seen.inputs
+        if self.token_weights is not None:
+            weights = self.token_weights[seen.window].reshape(-1, 1).to(right.device)
+            if wanted is None:
+                left = right = right * weights.sqrt()  # the product is then symmetric to the last bit
+            else:
+                right = right * weights  # which the gaps are multiplied with, too
+        features = right.shape[1]
+        if not self.tokens:
+            self.hessian = right.new_zeros(features, features)
+        self.hessian.addmm_(left.T, right)
+        self.tokens += len(right)
+        if wanted is not None:
+            gaps = [wanted.inputs - seen.inputs]
+            if seen.stream is not None and wanted.stream is not None:
+                gaps.append(wanted.stream - seen.stream)
+            self._add_gaps(gaps, right)
+
+    def _add_gaps(self, gaps: list[Tensor], right: Tensor) -> None:
+        """Half of a batch's tokens goes to one half of the drift's estimate, half to the other."""
+        self.gaps = self.gaps or [right.new_zeros(2, gap.shape[1], right.shape[1]) for gap in gaps]
+        middle = len(right) // 2
+        for total, gap in zip(self.gaps, gaps, strict=True):
             for half, part in enumerate((slice(0, middle), slice(middle, None))):
                 total[half].addmm_(gap[part].T, right[part])
-        tokens += len(right)
-    if not all(torch.isfinite(total).all() for total in totals):
-        raise QuantizationError(f"{linear}: its input activations have NaN or Inf on the calibration text")
-    inputs, *stream = (total / (tokens / 2) for total in totals[1:])
-    return totals[0] / tokens, Drift(inputs, stream[0] if stream else None)
+
+    def moments(self, linear: str) -> Moments:
+        """Means over the tokens. Raises QuantizationError that names the linear for NaN or Inf."""
+        if not all(torch.isfinite(total).all() for total in (self.hessian.diagonal(), *self.gaps)):
+            raise QuantizationError(f"{linear}: its input activations have NaN or Inf on the calibration text")
+        hessian = self.hessian / self.tokens
+        if not self.gaps:
+            return Moments(hessian, None)
+        inputs, *stream = (total / (self.tokens / 2) for total in self.gaps)
+        return Moments(hessian, Drift(inputs, stream[0] if stream else None))
 
 
 class _Watch(TorchFunctionMode):
-    """Runs a block until a linear is called or, with `is_added`, until its output is an operand of a sum."""
+    """Runs a block until all `linears` have been called and the outputs of those in `added` are operands of a sum.
 
-    def __init__(self, is_added: bool) -> None:
+    `inputs` and `streams` then hold, by name, what the linears read and what their outputs were to be added to.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear], added: Collection[str]) -> None:
         super().__init__()
-        self.is_added = is_added
-        self.inputs = self.output = torch.empty(0)
-        self.stream: Tensor | None = None
+        self.linears = linears
+        self.added = added
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.streams: dict[str, Tensor] = {}
 
-    def run(self, block: nn.Module, linear: nn.Linear, batch: Tensor, arguments: dict[str, Any]) -> None:
-        """Run the block; `inputs` and `stream` are then known."""
-        handles = [linear.register_forward_pre_hook(self._reached), linear.register_forward_hook(self._called)]
+    def run(self, block: nn.Module, batch: Tensor, arguments: dict[str, Any]) -> None:
+        """Run the block on a batch [sequences, length, hidden]."""
+        handles = [linear.register_forward_pre_hook(partial(self._reached, n)) for n, linear in self.linears.items()]
+        handles += [self.linears[name].register_forward_hook(partial(self._called, name)) for name in self.added]
         try:
             with self, suppress(_Reached):
                 run_block(block, batch, arguments)
@@ -180,20 +208,25 @@ class _Watch(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def _reached(self, _: nn.Module, args: tuple) -> None:
-        self.inputs = args[0]
-        if not self.is_added:
-            raise _Reached
+    def _reached(self, name: str, _: nn.Module, args: tuple) -> None:
+        self.inputs[name] = args[0]
+        self._stop_if_complete()
 
-    def _called(self, _: nn.Module, __: tuple, output: Tensor) -> None:
-        self.output = output
+    def _called(self, name: str, _: nn.Module, __: tuple, output: Tensor) -> None:
+        self.outputs[name] = output
+
+    def _stop_if_complete(self) -> None:
+        if len(self.inputs) == len(self.linears) and len(self.streams) == len(self.added):
+            raise _Reached
 
     def __torch_function__(self, function: Callable, _: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function in ADDITIONS and len(args) == 2:
             for operand, other in (args, args[::-1]):
-                if operand is self.output and isinstance(other, Tensor) and other.shape == operand.shape:
-                    self.stream = other
-                    raise _Reached
+                for name, output in self.outputs.items():
+                    if operand is output and isinstance(other, Tensor) and other.shape == operand.shape:
+                        self.streams[name] = other
+                        self._stop_if_complete()
+                        self.streams[name] = other.clone()  # the block goes on, and the sum may be in place
         return function(*args, **(kwargs or {}))
 
 

@@ -11,6 +11,7 @@ from vllm_babai.errors import QuantizationError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+REPORT = "babai_report.json"  # of a quantized checkpoint: what is known of every linear
 
 
 @dataclass(frozen=True)

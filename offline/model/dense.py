@@ -10,10 +10,16 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_babai.errors import QuantizationError
-from vllm_babai.format import FORMATS, CheckpointConfig, FormatError, LatticeWeight
+from vllm_babai.format import FORMATS, CheckpointConfig, Format, FormatError, LatticeWeight
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
 
 Stored = tuple[str, LatticeWeight, dict[str, Tensor], tuple[int, int] | None]
+
+
+def count_stored(checkpoint: Checkpoint) -> int:
+    """How many quantized linears a checkpoint holds. Raises QuantizationError like `stored_linears`."""
+    form = _stored_format(checkpoint)
+    return 0 if form is None else sum(name.endswith(f".{next(iter(form.dtypes))}") for name in checkpoint.files)
 
 
 def stored_linears(checkpoint: Checkpoint, names: list[str] | None = None) -> Iterator[Stored]:
@@ -22,13 +28,9 @@ def stored_linears(checkpoint: Checkpoint, names: list[str] | None = None) -> It
     names: only linears one of whose tensors is among these. Raises QuantizationError that names a linear whose stored
     form is corrupt or incomplete.
     """
-    raw = checkpoint.config().get("quantization_config")
-    if raw is None:
+    form = _stored_format(checkpoint)
+    if form is None:
         return
-    try:
-        form = FORMATS[CheckpointConfig.from_dict(raw).format]
-    except (FormatError, KeyError) as error:
-        raise QuantizationError(f"{checkpoint.folder}: its quantization_config cannot be read: {error}") from error
     first, *_ = keys = tuple(form.dtypes)
     for name in sorted(checkpoint.files) if names is None else names:
         linear, _, key = name.rpartition(".")
@@ -39,6 +41,17 @@ def stored_linears(checkpoint: Checkpoint, names: list[str] | None = None) -> It
                 yield linear, stored.decode(), parts, stored.dense_range
             except FormatError as error:
                 raise QuantizationError(f"{linear}: {error}") from error
+
+
+def _stored_format(checkpoint: Checkpoint) -> type[Format] | None:
+    """What the checkpoint's linears are stored as; None where it is not quantized."""
+    raw = checkpoint.config().get("quantization_config")
+    if raw is None:
+        return None
+    try:
+        return FORMATS[CheckpointConfig.from_dict(raw).format]
+    except (FormatError, KeyError) as error:
+        raise QuantizationError(f"{checkpoint.folder}: its quantization_config cannot be read: {error}") from error
 
 
 def dense_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:

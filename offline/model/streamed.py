@@ -86,8 +86,7 @@ class StreamedModel:
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Full name → linear of a decoder block, on the meta device."""
-        name = self.block_name(index)
-        return {f"{name}.{n}": m for n, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
+        return named_linears(self.block_name(index), self.blocks[index])
 
     def load_block(self, index: int) -> nn.Module:
         """A copy of block `index` with its weights. Raises QuantizationError for missing tensors or NaN."""
@@ -165,6 +164,11 @@ class StreamedModel:
         state |= {key: state[source] for key, source in dict(tied).items() if key not in state and source in state}
         _fill(model, state, type(model).__name__, self.device, self.dtype)
         model.eval().requires_grad_(False)
+
+
+def named_linears(name: str, module: nn.Module) -> dict[str, nn.Linear]:
+    """Full name → linear of the module called `name`, which may be a linear itself."""
+    return {n: m for n, m in module.named_modules(prefix=name) if isinstance(m, nn.Linear)}
 
 
 def open_streamed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> StreamedModel:

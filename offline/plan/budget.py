@@ -1,30 +1,57 @@
-"""The bits that a run may spend."""
+"""What every linear of a run is asked to be, and the bits that are left for the next."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from vllm_babai.offline.options import QuantizeOptions
+from vllm_babai.offline.plan.plan import PlannedLinear
 from vllm_babai.offline.scales.linear import LayerReport
 
-MAX_CORRECTION = 0.005
+MAX_CORRECTION = 0.005  # of a rate; a choice, not measured: no linear is to pay for all that others went over
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a linear is asked to be. bits, overflow: SSQR's dense bits and share of sparse weights. rate: HPTQ's bits
+    per weight, everything counted.
+    """
+
+    bits: int
+    overflow: float
+    rate: float
+
+
+def targets(
+    linears: list[str], head: str | None, plan: list[PlannedLinear], options: QuantizeOptions
+) -> dict[str, Target]:
+    """Linear → target: the planned one, or the options' where there is no plan; `head` has bits of its own."""
+    common = Target(options.bits, options.overflow, options.rate)
+    found = {
+        linear.name: Target(linear.bits or common.bits, linear.overflow or common.overflow, linear.rate)
+        for linear in plan
+    } or dict.fromkeys(linears, common)
+    if head is not None and options.lm_head is not None:
+        found[head] = Target(int(options.lm_head), options.overflow, options.lm_head)
+    return found
 
 
 @dataclass
 class Budget:
-    """Keeps a run at its planned bits: what one linear leaves over goes to the next.
+    """Keeps HPTQ at its bits: what one linear leaves over goes to the next. apart: linears that keep their own."""
 
-    rate: bits per weight of linears without a plan. planned: linear → bits per weight.
-    """
-
-    rate: float
-    planned: dict[str, float]
+    targets: dict[str, Target]
+    apart: set[str] = field(default_factory=set)
     left_over: float = 0.0
 
     def next_rate(self, name: str, weights: int) -> float:
         """Rate for a linear of so many weights; it corrects what came before as far as half a percent."""
-        rate = self.planned.get(name, self.rate)
+        rate = self.targets[name].rate
+        if name in self.apart:
+            return rate
         correction = self.left_over / weights / rate
         return rate * (1 + min(max(correction, -MAX_CORRECTION), MAX_CORRECTION))
 
     def spend(self, report: LayerReport) -> None:
         """Account for a quantized linear."""
-        rate = self.planned.get(report.name, self.rate)
-        self.left_over += (rate - report.bits_per_weight) * report.rows * report.columns
+        if report.name not in self.apart:
+            rate = self.targets[report.name].rate
+            self.left_over += (rate - report.bits_per_weight) * report.rows * report.columns

@@ -24,8 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vllm_babai.offline.model.capture import advance, batches, run_block
-from vllm_babai.offline.model.streamed import StreamedModel
+from vllm_babai.offline.model.streamed import StreamedModel, named_linears
+from vllm_babai.offline.model.walk import Inputs
 from vllm_babai.offline.solver.row_geometry import ROW_DAMPING, RowGeometry, independent_rows, row_geometry
+from vllm_babai.progress import Tick, uncounted
 
 ROW_BLOCK = 256
 HEAD = "head.safetensors"
@@ -68,33 +70,41 @@ class Sensitivity:
 
 
 def measure_sensitivity(
-    model: StreamedModel, tokens: Tensor, hidden: Tensor, arguments: list[dict[str, Any]], seed: int, folder: Path
+    model: StreamedModel, inputs: Inputs, seed: int, folder: Path, tick: Tick = uncounted
 ) -> Sensitivity:
     """Run the original model forwards and backwards over the calibration tokens; results go to `folder`.
 
-    tokens: int64 [sequences, length]. hidden, arguments: inputs of the first block, as `first_inputs` gives them.
+    tick: called `sensitivity_passes` times, whenever a block or the head is done.
     """
-    hidden = hidden.clone()
+    hidden, arguments = inputs.hidden.clone(), inputs.arguments
     with TemporaryDirectory(dir=folder) as spill:
         for index in range(len(model.blocks)):
             save_file({"hidden": hidden}, _file(Path(spill), index))
             advance(model.load_block(index), hidden, arguments[index], model.device)
-        gradient, variances = _head_gradient(model, tokens, hidden, seed)
+            tick()
+        gradient, variances = _head_gradient(model, inputs.tokens, hidden, seed)
         save_file({"rows": variances}, folder / HEAD)
+        tick()
         for index in reversed(range(len(model.blocks))):
             hidden = load_file(_file(Path(spill), index))["hidden"]
             _file(Path(spill), index).unlink()
             save_file(_block_backward(model, index, hidden, gradient, arguments[index]), _file(folder, index))
+            tick()
     return Sensitivity(folder, model.blocks_name)
+
+
+def sensitivity_passes(model: StreamedModel) -> int:
+    """Passes through a block or the head: the blocks forwards, the head, the blocks backwards."""
+    return 2 * len(model.blocks) + 1
 
 
 @contextmanager
 def measured_in_passing(
-    model: StreamedModel, tokens: Tensor, hidden: Tensor, arguments: list[dict[str, Any]], seed: int
+    model: StreamedModel, inputs: Inputs, seed: int, tick: Tick = uncounted
 ) -> Iterator[Sensitivity]:
     """`measure_sensitivity` into a folder that is gone afterwards."""
     with TemporaryDirectory(prefix="babai-") as folder:
-        yield measure_sensitivity(model, tokens, hidden, arguments, seed, Path(folder))
+        yield measure_sensitivity(model, inputs, seed, Path(folder), tick)
 
 
 def _file(folder: Path, index: int) -> Path:
@@ -126,7 +136,7 @@ def _block_backward(
 ) -> dict[str, Tensor]:
     """Take the gradient from a block's outputs to its inputs, in place; what `Sensitivity` reads of its linears."""
     block, name = model.load_block(index), model.block_name(index)
-    linears = {f"{name}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    linears = named_linears(name, block)
     tokens = {linear: torch.zeros(hidden.shape[:2]) for linear in linears}
     rows = {n: torch.zeros(m.out_features, ROW_BLOCK, device=model.device) for n, m in linears.items()}
     window = slice(0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from vllm_babai.format.lattice import MAX_INTEGER, integer_range
+from vllm_babai.format.lattice import MAX_INTEGER, integer_range, share_beyond
 from vllm_babai.offline.scales.solution import Solution
 from vllm_babai.offline.solver.expected import expected_targets
 from vllm_babai.offline.solver.lattice import Lattice
@@ -230,5 +230,4 @@ def savings(targets: Tensor, steps: Tensor, importance: Tensor, bits: int) -> Te
 
 def overflow_share(integers: Tensor, bits: int) -> float:
     """Share of integers beyond the dense range."""
-    low, high = integer_range(bits)
-    return float(((integers < low) | (integers > high)).float().mean())
+    return share_beyond(integers, integer_range(bits))

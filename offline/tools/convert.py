@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
-from vllm_babai.format import BIT_WIDTHS, FORMATS, HPTQ, SSQR, CheckpointConfig, LatticeWeight, integer_range
-from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
-from vllm_babai.offline.model.dense import dense_tensors, stored_linears
-from vllm_babai.offline.plan.fusion import fused_with
-from vllm_babai.offline.run_folder import (
-    REPORT,
+from vllm_babai.format import (
+    BIT_WIDTHS,
+    FORMATS,
+    HPTQ,
+    MOST_OVERFLOW,
+    SSQR,
+    CheckpointConfig,
+    LatticeWeight,
+    integer_range,
+    share_beyond,
+)
+from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint
+from vllm_babai.offline.model.dense import count_stored, dense_tensors, stored_linears
+from vllm_babai.offline.model.writing import (
     copy_companions,
     partial_folder,
     publish,
@@ -23,16 +31,17 @@ from vllm_babai.offline.run_folder import (
     write_config,
     write_index,
 )
-
-MOST_OVERFLOW = 0.02
+from vllm_babai.offline.plan.fusion import fused_with
+from vllm_babai.progress import Tick, counting_progress
 
 
 def convert(source: str | Path, out: str | Path, to: str, dtype: torch.dtype, *, overwrite: bool = False) -> Path:
     """Write a quantized checkpoint as `to`: ssqr or hptq, lossless both ways, or dense weights in `dtype`.
 
-    HPTQ becomes SSQR of the widths that it was converted from, else of the smallest whose overflow stays under 2%.
-    Dense weights are exact in float32, and rounded once in other dtypes. One file at a time is in memory. Raises
-    QuantizationError when `source` is not quantized, is corrupt, has column steps and is to be SSQR, or OUT exists.
+    HPTQ becomes SSQR of the widths that it was converted from, else of the smallest whose overflow stays within
+    MOST_OVERFLOW. Dense weights are exact in float32, and rounded once in other dtypes. One file at a time is in
+    memory. Raises QuantizationError when `source` is not quantized, is corrupt, has column steps and is to be SSQR, or
+    OUT exists.
     """
     checkpoint, out = open_checkpoint(source), Path(out)
     config = checkpoint.config()
@@ -43,22 +52,27 @@ def convert(source: str | Path, out: str | Path, to: str, dtype: torch.dtype, *,
     if to == "dense":
         del config["quantization_config"]
         config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-        return _write(checkpoint, out, config, lambda names: _dense(checkpoint, names, dtype))
+        return _write(checkpoint, out, config, lambda names, tick: _dense(checkpoint, names, dtype, tick))
     scheme = _target_config(checkpoint, CheckpointConfig.from_dict(config["quantization_config"]), to)
     config["quantization_config"] = scheme.to_dict()
-    return _write(checkpoint, out, config, lambda names: _reencoded(checkpoint, names, scheme))
+    return _write(checkpoint, out, config, lambda names, tick: _reencoded(checkpoint, names, scheme, tick))
 
 
 def _write(
-    checkpoint: Checkpoint, out: Path, config: dict[str, Any], convert_file: Callable[[list[str]], dict[str, Tensor]]
+    checkpoint: Checkpoint,
+    out: Path,
+    config: dict[str, Any],
+    convert_file: Callable[[list[str], Tick], dict[str, Tensor]],
 ) -> Path:
+    """Write the folder file by file. convert_file: of the tensors with these names; it ticks for every linear."""
     partial = partial_folder(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     files = sorted(set(checkpoint.files.values()))
-    for path in files:
-        names = sorted(name for name, file in checkpoint.files.items() if file == path)
-        save_atomically(partial / path.name, convert_file(names))
+    with counting_progress() as progress, progress.phase("converting", count_stored(checkpoint), "linears") as phase:
+        for path in files:
+            names = sorted(name for name, file in checkpoint.files.items() if file == path)
+            save_atomically(partial / path.name, convert_file(names, phase.advance))
     write_index(partial, [partial / path.name for path in files])
     copy_companions(checkpoint, partial)
     if "quantization_config" in config and (checkpoint.folder / REPORT).is_file():
@@ -68,17 +82,23 @@ def _write(
     return out
 
 
-def _dense(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in dense_tensors(checkpoint, names)}
+def _dense(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype, tick: Tick) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in dense_tensors(checkpoint, names):
+        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if name not in checkpoint.files:  # it was stored in another form
+            tick()
+    return tensors
 
 
-def _reencoded(checkpoint: Checkpoint, names: list[str], config: CheckpointConfig) -> dict[str, Tensor]:
+def _reencoded(checkpoint: Checkpoint, names: list[str], config: CheckpointConfig, tick: Tick) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     replaced: set[str] = set()
     for linear, weight, parts, _ in stored_linears(checkpoint, names):
         stored = _encode(weight, config, linear)
         tensors |= {f"{linear}.{field.name}": getattr(stored, field.name) for field in fields(stored)}
         replaced |= {f"{linear}.{key}" for key in parts}
+        tick()
     return tensors | {name: checkpoint.read(name) for name in names if name not in replaced}
 
 
@@ -99,24 +119,31 @@ def _target_config(checkpoint: Checkpoint, config: CheckpointConfig, to: str) ->
     config = replace(config, format=to, residency="packed")
     if to != "ssqr" or config.bits is not None:
         return config
-    widths: dict[str, int] = {}
-    for linear, weight, _, _ in stored_linears(checkpoint):
-        if weight.column_exponents is not None:
-            raise QuantizationError(
-                f"{linear}: its columns have steps of their own, which SSQR does not hold; "
-                "quantize with --no-column-steps, or convert --to dense"
-            )
-        widths[linear] = smallest_width(weight.integers)
+    widths = _smallest_widths(checkpoint)
     shared = {linear: max(widths.get(name, 0) for name in fused_with(linear)) for linear in widths}
     common = max(set(shared.values()), key=list(shared.values()).count)
     overrides = {n: {"bits": bits} for n, bits in shared.items() if bits != common or n in config.overrides}
     return replace(config, bits=common, overrides=overrides)
 
 
+def _smallest_widths(checkpoint: Checkpoint) -> dict[str, int]:
+    """Linear → dense bits. Raises QuantizationError for steps by column, which SSQR does not hold."""
+    widths: dict[str, int] = {}
+    with counting_progress() as progress, progress.phase("choosing bits", count_stored(checkpoint), "linears") as phase:
+        for linear, weight, _, _ in stored_linears(checkpoint):
+            if weight.column_exponents is not None:
+                raise QuantizationError(
+                    f"{linear}: its columns have steps of their own, which SSQR does not hold; "
+                    "quantize with --no-column-steps, or convert --to dense"
+                )
+            widths[linear] = smallest_width(weight.integers)
+            phase.advance()
+    return widths
+
+
 def smallest_width(integers: Tensor) -> int:
-    """The fewest dense bits beyond which no more than 2% of the integers lie."""
+    """The fewest dense bits that leave a share of overflow of no more than MOST_OVERFLOW."""
     for bits in BIT_WIDTHS:
-        low, high = integer_range(bits)
-        if float(((integers < low) | (integers > high)).float().mean()) <= MOST_OVERFLOW:
+        if share_beyond(integers, integer_range(bits)) <= MOST_OVERFLOW:
             return bits
     return BIT_WIDTHS[-1]

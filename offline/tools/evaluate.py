@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.calibration import load_tokenizer, read_texts
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.dense import load_dense
+from vllm_babai.progress import counting_progress
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048  # a choice: log-probabilities over the vocabulary are the largest tensors here
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,12 @@ def evaluate(
     original = load_dense(against, device) if against else None
     batch = max(1, BATCH_TOKENS // window)
     candidate_nll, original_nll, divergence, agreement = [], [], [], []
-    with torch.inference_mode():
-        for tokens in track(windows.split(batch), description="evaluating", transient=True):
+    with (
+        torch.inference_mode(),
+        counting_progress() as progress,
+        progress.phase("evaluating", len(windows), "windows") as phase,
+    ):
+        for tokens in windows.split(batch):
             log_p, nll = _predict(candidate, tokens.to(device))
             candidate_nll.append(nll)
             if original is not None:
@@ -88,6 +92,7 @@ def evaluate(
                 original_nll.append(nll)
                 divergence.append(torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1))
                 agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).float())
+            phase.advance(len(tokens))
     nll = torch.cat(candidate_nll).double()
     mean, error = _mean_and_error(nll)
     comparison = None

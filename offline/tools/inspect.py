@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
-from vllm_babai.format import LatticeWeight
-from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
-from vllm_babai.offline.model.dense import stored_linears
-from vllm_babai.offline.run_folder import REPORT
+from vllm_babai.format import LatticeWeight, share_beyond
+from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint
+from vllm_babai.offline.model.dense import count_stored, stored_linears
+from vllm_babai.progress import counting_progress
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,14 @@ def inspect(folder: str | Path) -> Inspection:
     if raw is None:
         raise QuantizationError(f"{folder} is not quantized: make a checkpoint with `babai quantize`")
     errors = _reported_errors(checkpoint)
-    linears = [
-        _summarize(name, weight, parts, dense_range, errors.get(name))
-        for name, weight, parts, dense_range in stored_linears(checkpoint)
-    ]
+    linears = []
+    with counting_progress() as progress, progress.phase("decoding", count_stored(checkpoint), "linears") as phase:
+        for name, weight, parts, dense_range in stored_linears(checkpoint):
+            linears.append(_summarize(name, weight, parts, dense_range, errors.get(name)))
+            phase.advance()
     weights = sum(linear.rows * linear.columns for linear in linears)
-    bits = 8 * sum(linear.bytes for linear in linears) / max(weights, 1)
-    return Inspection(raw["format"], linears, bits, weights, checkpoint.bytes())
+    rate = 8 * sum(linear.bytes for linear in linears) / max(weights, 1)
+    return Inspection(raw["format"], linears, rate, weights, checkpoint.bytes())
 
 
 def integer_counts(folder: str | Path) -> dict[int, int]:
@@ -77,9 +78,6 @@ def _summarize(
     integers = weight.integers
     size = sum(part.nbytes for part in parts.values())
     rate, entropy = 8 * size / integers.numel(), _entropy(integers)
-    overflow = None
-    if dense_range is not None:
-        overflow = float(((integers < dense_range[0]) | (integers > dense_range[1])).float().mean())
     return LinearSummary(
         name=name,
         rows=integers.shape[0],
@@ -89,7 +87,7 @@ def _summarize(
         entropy=entropy,
         redundancy=rate - entropy,
         largest=int(integers.abs().max()),
-        overflow_rate=overflow,
+        overflow_rate=None if dense_range is None else share_beyond(integers, dense_range),
         relative_error=error,
     )
 

@@ -1,18 +1,20 @@
 """What a quantized model will be like, before it is quantized: the same plan, no rounding."""
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_babai.offline.model.calibration import calibration_tokens, load_tokenizer
-from vllm_babai.offline.model.checkpoint import open_checkpoint
-from vllm_babai.offline.model.streamed import open_streamed
 from vllm_babai.offline.options import QuantizeOptions
-from vllm_babai.offline.pipeline import sequence_length
 from vllm_babai.offline.plan.forecast import Forecast
 from vllm_babai.offline.plan.plan import PlannedLinear, forecast_model, make_plan, mean_rate, plan_rates, plan_widths
-from vllm_babai.offline.plan.sensitivity import measured_in_passing
+from vllm_babai.offline.plan.sensitivity import measured_in_passing, sensitivity_passes
+from vllm_babai.offline.prepare import prepare
+from vllm_babai.progress import counting_progress
 
+# Measured loss over the sum of the linears' second-order losses: below 1 where errors of different linears cancel,
+# above where they add. A choice, wide on purpose; `babai predict` and `babai eval --against` tell it of a model.
+SPREAD = (0.5, 1.5)
 CURVES = {
     "HPTQ": (plan_rates, [1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0]),
     "SSQR": (plan_widths, [2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0]),
@@ -33,10 +35,8 @@ class Prediction:
 
     @property
     def perplexity_factor(self) -> tuple[float, float]:
-        """Range by which the perplexity is expected to grow: losses add up to between half and one and a half of the
-        second-order prediction, as errors of different linears cancel or add.
-        """
-        return math.exp(0.5 * self.loss), math.exp(1.5 * self.loss)
+        """Range by which the perplexity is expected to grow, see SPREAD."""
+        return math.exp(SPREAD[0] * self.loss), math.exp(SPREAD[1] * self.loss)
 
 
 def predict(model: str | Path, options: QuantizeOptions) -> Prediction:
@@ -45,18 +45,20 @@ def predict(model: str | Path, options: QuantizeOptions) -> Prediction:
     One pass forwards and backwards, and one factorization per group of linears. Raises QuantizationError like
     `pipeline.quantize`.
     """
-    checkpoint = open_checkpoint(model)
-    device = options.resolve_device()
-    streamed = open_streamed(checkpoint, device, options.resolve_dtype(device))
-    tokenizer = load_tokenizer(checkpoint.folder)
-    length = sequence_length(options, checkpoint.config())
-    tokens = calibration_tokens(tokenizer, options.calibration, options.samples, length, options.seed)
-    hidden, arguments = streamed.first_inputs(tokens)
-    with measured_in_passing(streamed, tokens, hidden, arguments, options.seed) as sensitivity:
-        forecasts = forecast_model(streamed, hidden, arguments, sensitivity, options)
+    prepared = prepare(model, options)
+    streamed, inputs, blocks = prepared.model, prepared.inputs, prepared.blocks
+    with counting_progress() as progress, ExitStack() as stack:
+        with progress.phase("measuring sensitivity", sensitivity_passes(streamed), "passes") as phase:
+            sensitivity = stack.enter_context(measured_in_passing(streamed, inputs, options.seed, phase.advance))
+        with progress.phase("planning", sum(len(part.linears) for part in blocks), "linears") as phase:
+            forecasts = forecast_model(streamed, blocks, inputs, sensitivity, options, phase.advance)
     plan = make_plan(forecasts, options)
     return Prediction(
-        plan, mean_rate(plan), sum(p.loss for p in plan), _size(checkpoint.bytes(), plan), _curves(forecasts)
+        plan,
+        mean_rate(plan),
+        sum(p.loss for p in plan),
+        _size(streamed.checkpoint.bytes(), plan),
+        _curves(forecasts),
     )
 
 

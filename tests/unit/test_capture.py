@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from vllm_babai.errors import QuantizationError
-from vllm_babai.offline.model.capture import BATCH_TOKENS, advance, batches, hessians, shared_inputs
+from vllm_babai.offline.model.capture import BATCH_TOKENS, Moments, advance, batches, moments, seen_by, shared_inputs
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.streamed import StreamedModel, open_streamed
 
@@ -46,6 +46,10 @@ def block() -> Block:
 @pytest.fixture
 def linears(block: Block) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_children() if name != "unused"}
+
+
+def captured_moments(block: Block, linears: dict[str, nn.Linear], hidden: Tensor, scale: float) -> dict[str, Moments]:
+    return moments(seen_by(block, linears, hidden, {"scale": scale}), None, dict.fromkeys(linears))
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +89,12 @@ def test_hessian_is_the_mean_of_outer_products(block: Block, linears: dict[str, 
     assert len(list(batches(hidden, torch.device("cpu")))) == -(-300 * 100 // (BATCH_TOKENS // 100 * 100))
     rows = hidden.flatten(0, 1).double()
     inputs = {"left": rows, "out": (block.left(rows.float()) * block.right(rows.float()) * 2.0).double()}
-    found = hessians(block, {name: linears[name] for name in inputs}, hidden, {"scale": 2.0})
+    found = captured_moments(block, {name: linears[name] for name in inputs}, hidden, 2.0)
     for name, x in inputs.items():
-        assert found[name].dtype == torch.float32
-        torch.testing.assert_close(found[name].double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+        hessian, drift = found[name]
+        assert hessian.dtype == torch.float32
+        assert drift is None
+        torch.testing.assert_close(hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -96,7 +102,7 @@ def test_activations_that_are_not_finite_are_named(value: float, block: Block, l
     hidden = torch.randn(3, 5, 8)
     hidden[1, 2, 3] = value
     with pytest.raises(QuantizationError, match="left: its input activations have NaN or Inf"):
-        hessians(block, {"left": linears["left"]}, hidden, {"scale": 1.0})
+        captured_moments(block, {"left": linears["left"]}, hidden, 1.0)
 
 
 def test_advance_replaces_inputs_by_outputs(block: Block) -> None:

@@ -28,6 +28,8 @@ def test_quantize_inspect_eval(model: Path, short_text: Path, tmp_path: Path) ->
     done = babai("quantize", model, out, "--bits", "4", "--ignore", "down_proj", *text)
     assert done.returncode == 0, done.stderr
     assert "bits per quantized weight" in done.stdout
+    for line in ("measuring sensitivity: 0 of 3 passes, 0:00:00 elapsed", "quantizing model.layers.0: 6 of 6 linears"):
+        assert line in done.stderr
 
     seen = json.loads(babai("inspect", out, "--plot", tmp_path / "integers.png", "--json").stdout)
     assert len(seen["linears"]) == 6

@@ -20,7 +20,8 @@ from transformers import (
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline import QuantizeOptions, pipeline, quantize
-from vllm_babai.offline.model.capture import Seen, hessians, moments, seen_by
+from vllm_babai.offline.model import capture, walk
+from vllm_babai.offline.model.capture import Seen, added_linears, moments, seen_by
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.dense import load_dense
 from vllm_babai.offline.model.streamed import open_streamed
@@ -36,10 +37,11 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def in_batches(inputs: Tensor, stream: Tensor | None) -> list[Seen]:
-    """Tensors [sequences, length, features] as batches of four sequences and of two."""
+def in_batches(inputs: Tensor, stream: Tensor | None) -> list[dict[str, Seen]]:
+    """What q_proj sees: tensors [sequences, length, features] as batches of four sequences and of two."""
+    streams = {} if stream is None else {w: stream[4 * w : 4 * w + 4].flatten(0, 1) for w in (0, 1)}
     windows = [slice(0, 4), slice(4, 8)]
-    return [Seen(w, inputs[w].flatten(0, 1), None if stream is None else stream[w].flatten(0, 1)) for w in windows]
+    return [{"q_proj": Seen(w, inputs[w].flatten(0, 1), streams.get(i))} for i, w in enumerate(windows)]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -56,7 +58,8 @@ def test_the_whole_correction_is_the_ridge_regression(
     x_hat, h_hat = x + 0.3 * random(INPUTS), None if h is None else h + 0.5 * random(OUTPUTS)
     tokens = random(1)[..., 0].square() if weighted else None
     tokens = None if tokens is None else tokens / tokens.mean()
-    hessian, drift = moments("q_proj", in_batches(x_hat, h_hat), in_batches(x, h), tokens)
+    hessian, drift = moments(in_batches(x_hat, h_hat), in_batches(x, h), {"q_proj": tokens})["q_proj"]
+    assert drift is not None
     factor = factorize(hessian, "activation", DAMPING)
 
     # The same as least squares: a row √w (x̂, Wx + h − ĥ) for every token, and √λ (I, W) for the damping.
@@ -100,7 +103,8 @@ def test_without_drift_the_weight_stays_as_it_is(generator: torch.Generator) -> 
     weight = torch.randn(OUTPUTS, INPUTS, generator=generator)
     inputs, stream = (torch.randn(SEQUENCES, LENGTH, n, generator=generator) for n in (INPUTS, OUTPUTS))
     seen = in_batches(inputs, stream)
-    hessian, drift = moments("q_proj", seen, seen, None)
+    hessian, drift = moments(seen, seen, {"q_proj": None})["q_proj"]
+    assert drift is not None
     assert torch.equal(corrected(weight, factorize(hessian, "natural", DAMPING), drift), weight)
 
 
@@ -111,7 +115,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
         with pytest.raises(
             QuantizationError, match="q_proj: its input activations have NaN or Inf on the calibration text"
         ):
-            moments("q_proj", *(in_batches(side, None) for side in pair), None)
+            moments(*(in_batches(side, None) for side in pair), {"q_proj": None})
 
 
 class Block(nn.Module):
@@ -127,6 +131,20 @@ class Block(nn.Module):
         return hidden
 
 
+class Twice(nn.Module):
+    """The outputs of both linears are added to the hidden states, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.again = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = 1.0 * hidden
+        hidden += self.down(torch.relu(hidden))
+        hidden += self.again(torch.relu(hidden))
+        return hidden
+
+
 @pytest.mark.parametrize("name", ["up", "down", "out"])
 def test_what_a_linear_sees(name: str, generator: torch.Generator) -> None:
     torch.manual_seed(0)
@@ -135,7 +153,10 @@ def test_what_a_linear_sees(name: str, generator: torch.Generator) -> None:
     after = hidden + 0.1 * block.out(hidden)
     inputs = {"out": hidden, "up": after, "down": torch.relu(block.up(after))}[name]
     before = hidden.clone()
-    batches = list(seen_by(block, block.get_submodule(name), hidden, {}))
+    linears = {name: block.get_submodule(name)}
+    added = added_linears(block, linears, hidden, {})
+    found = list(seen_by(block, linears, hidden, {}, added))
+    batches = [seen[name] for seen in found]
     assert len(batches) > 1
     assert [i for seen in batches for i in range(50)[seen.window]] == list(range(50))
     torch.testing.assert_close(torch.cat([seen.inputs for seen in batches]), inputs.flatten(0, 1))
@@ -145,8 +166,22 @@ def test_what_a_linear_sees(name: str, generator: torch.Generator) -> None:
     else:
         assert streams == [None] * len(batches)
     torch.testing.assert_close(hidden, before, rtol=0, atol=0)
-    expected = hessians(block, {name: block.get_submodule(name)}, hidden, {})[name]
-    torch.testing.assert_close(moments("q_proj", batches, batches, None)[0], expected)
+    expected = moments(seen_by(block, linears, hidden, {}), None, {name: None})[name]
+    assert expected.drift is None
+    torch.testing.assert_close(moments(found, found, {name: None})[name].hessian, expected.hessian)
+
+
+def test_several_linears_seen_in_one_pass_are_those_seen_alone() -> None:
+    """The first sum is in place: what `down` is added to must not be what it becomes."""
+    torch.manual_seed(0)
+    block, hidden = Twice().requires_grad_(False), torch.randn(3, 10, 8)
+    linears = {name: block.get_submodule(name) for name in ("down", "again")}
+    assert added_linears(block, linears, hidden, {}) == linears.keys()
+    (together,) = seen_by(block, linears, hidden, {}, linears.keys())
+    for name, linear in linears.items():
+        (alone,) = seen_by(block, {name: linear}, hidden, {}, {name})
+        torch.testing.assert_close(together[name].inputs, alone[name].inputs, rtol=0, atol=0)
+        torch.testing.assert_close(together[name].stream, alone[name].stream, rtol=0, atol=0)
 
 
 SIZES = {
@@ -180,7 +215,9 @@ def test_linears_that_are_added_to_the_residual_stream(family: str, tmp_path: Pa
     found = {}
     for name in streamed.linears(0):
         linear = block.get_submodule(name.removeprefix("model.layers.0."))
-        (found[name.rpartition(".")[2]],) = (seen.stream for seen in seen_by(block, linear, hidden, arguments[0]))
+        added = added_linears(block, {name: linear}, hidden, arguments[0])
+        (seen,) = seen_by(block, {name: linear}, hidden, arguments[0], added)
+        found[name.rpartition(".")[2]] = seen[name].stream
     assert {name for name, stream in found.items() if stream is not None} == expected
     if expected:
         torch.testing.assert_close(found["o_proj"], hidden.flatten(0, 1))
@@ -212,8 +249,8 @@ def test_without_correction_nothing_is_captured_of_the_original_model(
     def refuse(*_: Any) -> None:
         raise AssertionError("called")
 
-    for name in ("seen_by", "moments", "corrected"):
-        monkeypatch.setattr(pipeline, name, refuse)
+    for module, name in ((walk, "added_linears"), (capture, "Drift"), (pipeline, "corrected")):
+        monkeypatch.setattr(module, name, refuse)
     options = QuantizeOptions(calibration=str(short_text), samples=8, sequence_length=32)
     source = save_random_llama(tmp_path / "source")
     quantize(source, tmp_path / "out", replace(options, drift=False))

@@ -12,10 +12,13 @@ from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
 
 from vllm_babai.format import HPTQ, SSQR, CheckpointConfig
-from vllm_babai.offline import QuantizationError, QuantizeOptions, pipeline, quantize
+from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
+from vllm_babai.offline.model import walk
 from vllm_babai.offline.model.calibration import calibration_tokens
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.dense import load_dense, stored_linears
+from vllm_babai.offline.model.streamed import StreamedModel
+from vllm_babai.offline.run_folder import RunFolder
 from vllm_babai.offline.scales import ssqr
 from vllm_babai.offline.scales.linear import LayerReport
 from vllm_babai.offline.solver import drift as drift_correction
@@ -151,10 +154,8 @@ def test_hessian_is_of_what_it_reads_after_the_quantized_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[Tensor] = []
-    factorize = pipeline.factorize
-    monkeypatch.setattr(
-        pipeline, "factorize", lambda hessian, *rest: (seen.append(hessian), factorize(hessian, *rest))[1]
-    )
+    factorize = walk.factorize
+    monkeypatch.setattr(walk, "factorize", lambda hessian, *rest: (seen.append(hessian), factorize(hessian, *rest))[1])
     source = save_random_model(FAMILIES[family], tmp_path / "source")
     chosen = options(short_text, bits=2, lm_head=8, drift=drift, sensitivity=False)
     out = quantize(source, tmp_path / "out", chosen)
@@ -199,7 +200,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 ) -> None:
     chosen = options(short_text, lm_head=4)
     whole = quantize(source, tmp_path / "whole", chosen)
-    owner, method = (pipeline.PartialOutput, "finish") if finished else (pipeline._Run, "head")
+    owner, method = (RunFolder, "finish") if finished else (StreamedModel, "advance_to_head")
     with monkeypatch.context() as patch:
         patch.setattr(owner, method, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -219,7 +220,7 @@ def test_other_bits_for_it_are_another_run(
     source: Path, short_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Run, "head", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(StreamedModel, "advance_to_head", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             quantize(source, tmp_path / "out", options(short_text, lm_head=4))
     with pytest.raises(QuantizationError, match=r"had other --lm-head \(4\)"):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.streamed import open_streamed
+from vllm_babai.offline.model.walk import Inputs
 from vllm_babai.offline.plan.sensitivity import ROW_BLOCK, measure_sensitivity
 from vllm_babai.offline.solver.row_geometry import ROW_DAMPING
 
@@ -25,7 +26,7 @@ def test_gradients_are_those_of_the_whole_model(folder: Path, tmp_path: Path) ->
     streamed = open_streamed(open_checkpoint(folder), torch.device("cpu"), torch.float32)
     hidden, arguments = streamed.first_inputs(tokens)
     before = hidden.clone()
-    sensitivity = measure_sensitivity(streamed, tokens, hidden, arguments, 7, tmp_path)
+    sensitivity = measure_sensitivity(streamed, Inputs(tokens, hidden, arguments), 7, tmp_path)
     assert torch.equal(hidden, before)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -68,7 +69,7 @@ def test_gradients_are_those_of_the_whole_model(folder: Path, tmp_path: Path) ->
 def test_linears_of_one_input_share_weights_of_mean_one(folder: Path, tmp_path: Path) -> None:
     tokens = torch.randint(4096, (2, 8), generator=torch.Generator().manual_seed(2))
     streamed = open_streamed(open_checkpoint(folder), torch.device("cpu"), torch.float32)
-    sensitivity = measure_sensitivity(streamed, tokens, *streamed.first_inputs(tokens), 0, tmp_path)
+    sensitivity = measure_sensitivity(streamed, Inputs(tokens, *streamed.first_inputs(tokens)), 0, tmp_path)
     shared = sensitivity.shared_weights([f"model.layers.0.self_attn.{n}_proj" for n in "qkv"])
     assert shared.shape == (2, 8)
     assert float(shared.mean()) == pytest.approx(1.0, rel=1e-5)

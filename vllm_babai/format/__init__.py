@@ -7,7 +7,7 @@ from vllm_babai.format.dense_sparse.overflow import Overflow, decode_overflow, r
 from vllm_babai.format.dense_sparse.packing import pack, packed_bytes, unpack
 from vllm_babai.format.dense_sparse.ssqr import SSQR
 from vllm_babai.format.entropy.hptq import HPTQ, predicted_bytes
-from vllm_babai.format.lattice import BIT_WIDTHS, LatticeWeight, integer_range
+from vllm_babai.format.lattice import BIT_WIDTHS, MOST_OVERFLOW, LatticeWeight, integer_range, share_beyond
 from vllm_babai.format.registry import FORMATS
 from vllm_babai.format.steps import column_factors, step_exponents
 
@@ -15,6 +15,7 @@ __all__ = [
     "BIT_WIDTHS",
     "FORMATS",
     "HPTQ",
+    "MOST_OVERFLOW",
     "SSQR",
     "CheckpointConfig",
     "Format",
@@ -29,6 +30,7 @@ __all__ = [
     "packed_bytes",
     "predicted_bytes",
     "read_header",
+    "share_beyond",
     "step_exponents",
     "unpack",
 ]

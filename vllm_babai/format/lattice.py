@@ -9,6 +9,9 @@ from vllm_babai.format.steps import column_factors
 
 MAX_INTEGER = 2**15 - 1
 BIT_WIDTHS = (2, 3, 4, 5, 8)  # of dense integers
+# HPTQ becomes dense + sparse, on disk or in memory, with the fewest bits that leave no larger share of overflow.
+# A choice: what the kernels multiply at next to no cost.
+MOST_OVERFLOW = 0.02
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,9 @@ def integer_range(bits: int) -> tuple[int, int]:
     """Smallest and largest integer that `bits` dense bits hold: −2^(bits−1) … 2^(bits−1) − 1."""
     half = 1 << (bits - 1)
     return -half, half - 1
+
+
+def share_beyond(integers: Tensor, dense_range: tuple[int, int]) -> float:
+    """Share of overflow: of integers beyond the smallest and largest of the dense range."""
+    low, high = dense_range
+    return float(((integers < low) | (integers > high)).float().mean())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vllm_babai.format import (
     BIT_WIDTHS,
+    MOST_OVERFLOW,
     FormatError,
     LayerScheme,
     Overflow,
@@ -27,8 +28,6 @@ from vllm_babai.format.entropy.hptq import Coded, bands, decode_band, read_blob
 from vllm_babai.format.entropy.segments import SegmentedMatrix, cut_segments, stack_segments
 from vllm_babai.format.steps import column_factors
 from vllm_babai.plugin.parameter import Part
-
-HPTQ_OVERFLOW = 0.02  # of HPTQ in memory, at most: what the kernels multiply at next to no cost
 
 
 class Window(NamedTuple):
@@ -180,7 +179,7 @@ def pack_windows(parts: Sequence[CodedWindow]) -> RankWeight:
         for part in parts
         for rows in bands(part.coded, part.window.rows)
     ]
-    bits, qweight, overflow = split(every, columns.stop - columns.start, HPTQ_OVERFLOW)
+    bits, qweight, overflow = split(every, columns.stop - columns.start, MOST_OVERFLOW)
     return RankWeight(bits, qweight, torch.cat([part.scales for part in parts]), overflow, input_scales)
 
 

@@ -1,0 +1,162 @@
+"""The way through a model: part by part, and within a part from one group of linears to the next.
+
+The forecast of a plan and the run of the quantizer go it alike. The forecast leaves every weight as it is; the run
+quantizes a part before its outputs go on to the next.
+"""
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.model.capture import Moments, Seen, added_linears, advance, moments, seen_by, shared_inputs
+from vllm_babai.offline.model.streamed import StreamedModel, named_linears
+from vllm_babai.offline.options import QuantizeOptions
+from vllm_babai.offline.solver.drift import Drift
+from vllm_babai.offline.solver.factor import Factor, factorize
+
+TokenWeights = Callable[[list[str]], Tensor | None]
+
+
+class Part(NamedTuple):
+    """What one file of a checkpoint holds: a decoder block, or the head. linears: full names of those to quantize."""
+
+    name: str
+    linears: tuple[str, ...]
+    file: str
+
+
+class Inputs(NamedTuple):
+    """Calibration inputs. tokens: int64 [sequences, length]. hidden: of the first block, [sequences, length, hidden].
+    arguments: the blocks' other arguments, by keyword, a dictionary for each.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    arguments: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part in memory. linears: those to quantize, by full name. hidden: inputs of `module`, [sequences, length,
+    hidden], to be called with `arguments`.
+    """
+
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+    hidden: Tensor
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read the same input, by full name; the factor of its Hessian, and its drift where it is known."""
+
+    linears: dict[str, nn.Linear]
+    factor: Factor
+    drift: Drift | None
+
+
+def parts_of(model: StreamedModel, options: QuantizeOptions) -> list[Part]:
+    """The decoder blocks, then the head where it is to be quantized; one more file holds what is in none of them.
+
+    Raises QuantizationError when no linear is left to quantize, or the head has no weight of its own.
+    """
+    linears = {model.block_name(i): tuple(model.linears(i)) for i in range(len(model.blocks))}
+    linears = {name: tuple(n for n in every if not options.ignores(n)) for name, every in linears.items()}
+    if options.lm_head is not None:
+        linears[model.head_name] = (model.head_name,)
+    if not any(linears.values()):
+        raise QuantizationError("--ignore excludes every linear of the model")
+    count = len(linears) + 1
+    return [Part(name, some, part_file(i, count)) for i, (name, some) in enumerate(linears.items(), 1)]
+
+
+def part_file(number: int, count: int) -> str:
+    """File name of part `number`, from 1 to `count`."""
+    return f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def walk(
+    model: StreamedModel, parts: Sequence[Part], inputs: Inputs, streams: list[Tensor], visit: Callable[..., None]
+) -> None:
+    """Take hidden states from part to part, in place; one part is in memory at a time.
+
+    parts: those from the first block on. streams: hidden states like `inputs.hidden`, of one model or of two.
+    visit(part, *stages): called with a stage for each stream before its hidden states go on; it may change the weights.
+    """
+    for number, (part, arguments) in enumerate(zip(parts, [*inputs.arguments, {}], strict=False), 1):
+        stages = _stages(model, part, inputs.tokens, streams, arguments)
+        visit(part, *stages)
+        if number < len(parts):
+            _advance(stages, model.device)
+        del stages  # before the next part is loaded
+
+
+def _stages(
+    model: StreamedModel, part: Part, tokens: Tensor, streams: list[Tensor], arguments: dict[str, Any]
+) -> list[Stage]:
+    """A stage for each stream. To the head every token is a sequence of its own, so that no more than one token's
+    logits are computed when it is called to see what it reads.
+    """
+    first = model.load(part.name)
+    modules = [first, *(copy.deepcopy(first) for _ in streams[1:])]
+    if isinstance(first, nn.Linear):
+        model.advance_to_head(tokens, *streams)
+        streams = [hidden.flatten(0, 1)[:, None] for hidden in streams]
+    linears = [{n: m for n, m in named_linears(part.name, each).items() if n in part.linears} for each in modules]
+    return [Stage(*each, arguments) for each in zip(modules, linears, streams, strict=True)]
+
+
+def _advance(stages: list[Stage], device: torch.device) -> None:
+    for stage in stages:
+        advance(stage.module, stage.hidden, stage.arguments, device)
+
+
+def factored_groups(
+    stage: Stage,
+    original: Stage | None,
+    token_weights: TokenWeights,
+    options: QuantizeOptions,
+    *,
+    at_once: bool = False,
+) -> Iterator[Group]:
+    """The groups of a stage's linears in the order in which they are called.
+
+    original: the same part of the original model, to learn the drift from; None: it is not captured. token_weights:
+    how much each token counts for linears of one input. at_once: capture all groups in one pass; else each group is
+    captured when the caller is done with the one before, whose linears it may have quantized. Raises QuantizationError
+    that names the linears when activations are not finite or their Hessian cannot be factored.
+    """
+    groups = shared_inputs(stage.module, stage.linears, stage.hidden[:1].to(_device(stage)), stage.arguments)
+    for some in [groups] if at_once and groups else [[group] for group in groups]:
+        found = _capture(stage, original, {group[0]: token_weights(group) for group in some})
+        for group in some:
+            hessian, drift = found.pop(group[0])
+            try:
+                factor = factorize(hessian, options.order, options.damping)
+            except QuantizationError as error:
+                raise QuantizationError(f"{', '.join(group)}: {error}") from error
+            yield Group({name: stage.linears[name] for name in group}, factor, drift)
+
+
+def _capture(stage: Stage, original: Stage | None, token_weights: dict[str, Tensor | None]) -> dict[str, Moments]:
+    """Moments of the linears that `token_weights` names, of each group one."""
+
+    def seen(of: Stage, added: Collection[str] = ()) -> Iterator[dict[str, Seen]]:
+        linears = {name: of.linears[name] for name in token_weights}
+        return seen_by(of.module, linears, of.hidden, of.arguments, added)
+
+    if original is None:
+        return moments(seen(stage), None, token_weights)
+    linears = {name: stage.linears[name] for name in token_weights}
+    added = added_linears(stage.module, linears, stage.hidden, stage.arguments)
+    return moments(seen(stage, added), seen(original, added), token_weights)
+
+
+def _device(stage: Stage) -> torch.device:
+    return next(stage.module.parameters()).device

@@ -1,0 +1,57 @@
+"""What a run and its prediction begin with: the model to be streamed, its parts, and the calibration inputs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.model.calibration import calibration_tokens, load_tokenizer
+from vllm_babai.offline.model.checkpoint import open_checkpoint
+from vllm_babai.offline.model.streamed import StreamedModel, open_streamed
+from vllm_babai.offline.model.walk import Inputs, Part, parts_of
+from vllm_babai.offline.options import QuantizeOptions
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model, what of it is to be quantized, and the inputs of its first block."""
+
+    model: StreamedModel
+    parts: list[Part]
+    inputs: Inputs
+
+    @property
+    def blocks(self) -> list[Part]:
+        """The parts that are decoder blocks: all but the head."""
+        return self.parts[: len(self.inputs.arguments)]
+
+    @property
+    def head(self) -> str | None:
+        """Name of the linear that makes logits, where it is to be quantized."""
+        return self.parts[-1].name if len(self.parts) > len(self.blocks) else None
+
+
+def prepare(model: str | Path, options: QuantizeOptions) -> Prepared:
+    """Open a folder or hub model, and run its embedding over the calibration text.
+
+    Raises QuantizationError for anything the user can fix: a model or a text that does not suit, an option that does
+    not suit the model.
+    """
+    checkpoint = open_checkpoint(model)
+    device = options.resolve_device()
+    streamed = open_streamed(checkpoint, device, options.resolve_dtype(device))
+    parts = parts_of(streamed, options)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    length = _sequence_length(options, checkpoint.config())
+    tokens = calibration_tokens(tokenizer, options.calibration, options.samples, length, options.seed)
+    return Prepared(streamed, parts, Inputs(tokens, *streamed.first_inputs(tokens)))
+
+
+def _sequence_length(options: QuantizeOptions, config: dict[str, Any]) -> int:
+    """Tokens per calibration sequence. Raises QuantizationError when the model has fewer positions."""
+    positions = config.get("max_position_embeddings") or 2048
+    if options.sequence_length > positions:
+        raise QuantizationError(
+            f"--sequence-length {options.sequence_length} exceeds the model's {positions} positions"
+        )
+    return options.sequence_length or min(2048, positions)
