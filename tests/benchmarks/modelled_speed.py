@@ -120,8 +120,8 @@ MODELS = {
     "Llama-3-8B": Model(32, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)), 128256 * 4096),
     "Qwen3-32B": Model(64, ((10240, 5120), (5120, 8192), (51200, 5120), (5120, 25600)), 151936 * 5120),
 }
-# Bits of an overflow entry on disk: format/overflow.py. `packed` has the mean width of the reference model. `coded`
-# adds 0.08 bit of segments to the disk's, and 0.05 of tables: 16 KiB each, about ten a linear in that model.
+# Bits of an overflow entry on disk: `dense_sparse/overflow.py`. `packed` has the mean width of the reference model.
+# `coded` adds 0.08 bit of segments to the disk's, and 0.05 of tables: 16 KiB each, about ten a linear in that model.
 FORMATS = (
     Format("bf16", 16, 16, bf16_seconds),
     dense_sparse("SSQR 4 bits", 4 + 0.01 * 10.5 + 16 / 4096, 4, SSQR_RATE, 4, 0.01),
