@@ -1,6 +1,6 @@
 """Loops that numba compiles, and the threads that run them side by side.
 
-numba takes a second to import: it is, when the first loop is defined.
+numba takes a second to import, so it is imported when the first loop is defined.
 """
 
 import os
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 def compiled(function: Any, parallel: bool = False) -> Any:
     """Compile without the GIL, cached on disk where any cache directory can be written.
 
-    parallel: on all threads, see `numba.prange`.
+    parallel: loops over `numba.prange` run on all threads.
     """
     from numba import njit
 

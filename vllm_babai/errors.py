@@ -1,9 +1,9 @@
-"""The two exceptions that users meet; both are shown to them without a traceback."""
+"""The two exceptions that users see. The command line shows both in one line, without a traceback."""
 
 
 class FormatError(ValueError):
-    """A stored tensor is truncated, corrupt, of an unknown version, or does not fit its layer."""
+    """A stored tensor is truncated, corrupt, of an unknown version, or does not fit its linear."""
 
 
 class QuantizationError(RuntimeError):
-    """Bad input or a step that cannot go on; the message names the layer or argument and says what to do."""
+    """Bad input, or a step that cannot go on. The message names the linear or option and says what to do."""

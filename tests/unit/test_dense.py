@@ -97,7 +97,7 @@ def test_an_existing_folder_is_only_replaced_when_told_to(quantized: Path, tmp_p
         ("qweight", lambda tensor: tensor[:-1], "with 64 rows, but qweight has 63"),
         ("scales", lambda tensor: tensor * 2, "qweight or scales are corrupt"),
         ("overflow", lambda tensor: tensor[:-1], "overflow blob is truncated"),
-        ("overflow", lambda tensor: tensor ^ 1, "overflow blob is truncated or is not one"),
+        ("overflow", lambda tensor: tensor ^ 1, "overflow blob is truncated, or no overflow blob"),
     ],
     ids=["qweight bits", "qweight rows", "scales", "overflow length", "overflow bits"],
 )

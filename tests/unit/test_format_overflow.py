@@ -153,7 +153,7 @@ def test_every_flipped_bit_is_noticed() -> None:
 
 
 def test_a_tensor_that_is_no_blob_is_refused() -> None:
-    with pytest.raises(FormatError, match="truncated or is not one"):
+    with pytest.raises(FormatError, match="truncated, or no overflow blob"):
         read_header(torch.zeros(100, dtype=torch.uint8))
 
 
@@ -177,7 +177,7 @@ def with_field(index: int, value: int) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 def with_byte(index: int, value: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Set a byte behind the header."""
+    """Set a byte after the header."""
 
     def change(blob: torch.Tensor) -> torch.Tensor:
         raw = bytearray(blob.numpy().tobytes())

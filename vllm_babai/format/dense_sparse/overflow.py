@@ -1,7 +1,7 @@
 """The sparse part of SSQR: what integers exceed the dense range by, in one self-describing blob per linear.
 
 Layout (little endian): header; tables for gaps and for excesses, uint8; how many entries each tile has, then how many
-words, uint32; the words, uint16. Tiles follow each other row by row, each a stream of its own (`format.pairs`), so that
+words, uint32; the words, uint16. Tiles follow each other row by row, each a stream of its own (`dense_sparse.pairs`), so that
 a rank which holds some rows or columns decodes its tiles alone. Inside a tile positions count row by row, and an entry
 is a pair of numbers: the gap, which is how many positions lie between it and the entry before, and the excess e as
 2(|e| − 1), + 1 if e < 0.
@@ -66,7 +66,7 @@ class _Body:
     """What follows the header.
 
     frequencies: uint32 [2, ESCAPE + 1]. entries: int64 [tiles], how many each has. spans: int64 [tiles, 2], where its
-    stream begins and ends in `words`, uint16, with padding behind.
+    stream begins and ends in `words`, uint16, with padding at their end.
     """
 
     frequencies: np.ndarray
@@ -112,7 +112,7 @@ def read_header(blob: Tensor) -> Header:
     """Check a blob's magic, version and CRC; return its header. Raises FormatError."""
     raw = blob.contiguous().numpy().data
     if len(raw) < HEADER.size or raw[:4] != MAGIC:
-        raise FormatError("overflow blob is truncated or is not one")
+        raise FormatError("overflow blob is truncated, or no overflow blob")
     magic, version, *fields, crc = HEADER.unpack_from(raw)
     if version != VERSION:
         raise FormatError(f"overflow blob has format version {version}; this version reads {VERSION}")

@@ -18,14 +18,14 @@ from vllm_babai.format.entropy.rans import INITIAL_STATE
 from vllm_babai.format.entropy.tables import ESCAPE, PRECISION, TOTAL, normalize
 
 CLASSES = 34
-PADDING = np.zeros(6, np.uint16)  # what `decode_streams` may read behind the words
+PADDING = np.zeros(6, np.uint16)  # what `decode_streams` may read after the words
 FIVE_DIGITS = np.unique([digits << power for digits in range(32) for power in range(8)])  # codes of frequencies
 
 
 def fit_tables(numbers: np.ndarray) -> list[np.ndarray]:
     """Numbers, int64 [pairs, 2] → for each of the two a code for the frequency of every class, uint8 [classes]."""
     counts = np.zeros((2, CLASSES), np.int64)
-    counts[:, 0] = len(numbers) == 0  # any table serves no numbers, but it has to be one
+    counts[:, 0] = len(numbers) == 0  # without numbers any valid table will do
     count_classes(numbers, counts)
     codes = [np.searchsorted(FIVE_DIGITS, normalize(count), side="right") - 1 for count in counts]
     return [np.trim_zeros(code, "b").astype(np.uint8) for code in codes]
@@ -39,7 +39,7 @@ def frequencies(tables: list[np.ndarray]) -> np.ndarray:
     result = np.zeros((2, ESCAPE + 1), np.uint32)
     for frequency, codes in zip(result, tables, strict=True):
         if len(codes) > CLASSES or not codes.any() or codes.max() >= len(FIVE_DIGITS):
-            raise FormatError("overflow blob has a table of frequencies that is none")
+            raise FormatError("overflow blob has an invalid frequency table")
         frequency[: len(codes)] = normalize(FIVE_DIGITS[codes])
     return result
 
@@ -103,7 +103,7 @@ def encode_streams(numbers, counts, packed):
 def decode_streams(words, spans, counts, lut, numbers):
     """Decode some streams into numbers, int64 [pairs, 2]; gives the first stream that is damaged, or −1.
 
-    words: uint16, with PADDING behind. spans: int64 [streams, 2], where in them each begins and ends. counts: int64
+    words: uint16, with PADDING after them. spans: int64 [streams, 2], where in them each begins and ends. counts: int64
     [streams], pairs in each. lut: see `tables.decoder_table`, of CLASSES classes or less.
     """
     pair = 0

@@ -24,7 +24,7 @@ def pack_exponents(exponents: Tensor) -> bytes:
 
 
 def unpack_exponents(raw: memoryview, position: int, columns: int) -> tuple[Tensor, int]:
-    """Exponents, int16 [columns], stored at `position`, and the position behind them. Raises FormatError."""
+    """Exponents, int16 [columns], stored at `position`, and the position after them. Raises FormatError."""
     try:
         (exponents,), position = unpack_vectors(raw, position, [columns])
     except (struct.error, ValueError) as error:

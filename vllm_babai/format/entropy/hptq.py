@@ -1,8 +1,8 @@
 """HPTQ: integers of any size, entropy coded; one self-describing blob per linear.
 
-Layout (little endian): header; the model (`format.model`: tables, classes); if the header says `steps`, the exponents
+Layout (little endian): header; the probability model (`entropy.probability`: tables, classes); if the header says `steps`, the exponents
 of the columns' steps (`format.steps`); padding to 4 bytes; for every tile the end of its stream in words, uint32; then
-the streams (`format.rans`), uint16. Tiles follow each other row by row, each a stream of its own, so that thousands of
+the streams (`entropy.rans`), uint16. Tiles follow each other row by row, each a stream of its own, so that thousands of
 threads can decode and a rank that holds some rows or columns decodes its tiles alone. A rANS state costs 24 bits and
 serves at least 4096 weights: 0.006 bit per weight.
 
@@ -83,7 +83,7 @@ class Coded:
     """A blob taken apart.
 
     exponents: int16 [columns] of the columns' steps, see `format.steps`, or None. ends: int64 [tiles], where each
-    stream ends in `words`, uint16 [words] with room behind.
+    stream ends in `words`, uint16 [words] with room after the last.
     """
 
     shape: Shape
@@ -176,7 +176,7 @@ def read_blob(blob: Tensor) -> Coded:
     """Check a blob's magic, version, CRC and lengths, and take it apart. Raises FormatError."""
     raw = blob.contiguous().numpy().data
     if len(raw) < HEADER.size or raw[:4] != MAGIC:
-        raise FormatError("codes blob is truncated or is not one")
+        raise FormatError("codes blob is truncated, or no codes blob")
     *fields, scales_crc, crc = HEADER.unpack_from(raw)
     _, version, shift, lanes, contexts, steps, rows, columns, tile_rows, tile_columns, offset = fields
     if version != VERSION:
@@ -215,7 +215,7 @@ def decode_integers(coded: Coded, row_window: slice | None = None, column_window
 
 
 def bands(coded: Coded, rows: slice) -> list[slice]:
-    """Rows of a window, cut where tiles are."""
+    """Rows of a window, cut at the edges of tiles."""
     height = coded.shape.tile_rows
     cuts = [rows.start, *range((rows.start // height + 1) * height, rows.stop, height), rows.stop]
     return [slice(*band) for band in pairwise(cuts)]

@@ -106,14 +106,15 @@ def decode_rows(stream, position, state, classes, code, out, top, left):
     stream: `Stream`. state: uint32 [lanes], changed in place. classes: `Classes` of what is decoded, no more. code:
     `Code` with a decoder table. out: int16, takes the rows at `top`, `left`.
     """
-    words, column_class = stream.words, classes.columns
+    words, end, row_class, column_class, table = stream.words, stream.end, classes.rows, classes.columns, code.table
     columns, lanes = len(column_class), len(state)
-    lookup = Lookup(code.table, u32(code.shift), u32(code.offset - (CENTRE << code.shift)))
-    entries = np.empty(lanes, np.uint32)
-    for index in range(len(classes.rows)):
-        row = Row(u32(classes.rows[index]), column_class, out[top + index][left:])
+    narrow, centre = u32(code.shift), u32(code.offset - (CENTRE << code.shift))
+    lookup, entries = Lookup(table, narrow, centre), np.empty(lanes, np.uint32)
+    for index in range(len(row_class)):
+        context, integers = u32(row_class[index]), out[top + index][left:]
+        row = Row(context, column_class, integers)
         for column in range(0, columns, lanes):
-            if position > stream.end:
+            if position > end:
                 return -1
             lane, active = 0, min(lanes, columns - column)
             while lane + VECTOR <= active:
@@ -123,30 +124,29 @@ def decode_rows(stream, position, state, classes, code, out, top, left):
                 position, lane = at, lane + VECTOR
             if lane < active:
                 some, first = (u64(lane), u64(active)), u64(column)
-                look_up(some, state, row, first, lookup, entries)
-                advance(some, state, entries, lookup, row, first)
-                position = np.int64(refill(some, state, entries, words, u64(position), row, first))
+                look_up(some, state, context, column_class, first, table, narrow, entries)
+                advance(some, state, entries, centre, narrow, integers, first)
+                position = np.int64(refill(some, state, entries, words, u64(position), integers, first))
     return position
 
 
 # Where `decode_vector` cannot run, three loops over some lanes, not one: the compiler makes vector instructions of the
 # one in the middle. For the sake of speed, numba is kept from widening integers to 64 bits, by casts; from asking
-# whether an index is negative, by unsigned ones; and from counting references, as slices would make it do.
+# whether an index is negative, by unsigned ones; and from counting references, as slices would make it do, and tuples
+# of arrays: with `Row` and `Lookup` in place of their fields, decoding took 7% longer.
 
 
 @compiled
-def look_up(some, state, row, first, lookup, entries):
+def look_up(some, state, context, column_class, first, table, narrow, entries):
     """Entries of the table that the states point to."""
-    table, column_class, narrow, context = lookup.table, row.columns, lookup.narrow, row.context
     for lane in range(some[0], some[1]):
         base = u32(u32(context + u32(column_class[first + lane])) << u32(PRECISION))
         entries[lane] = table[u32(base + u32(u32(state[lane] >> narrow) & u32(TOTAL - 1)))]
 
 
 @compiled
-def advance(some, state, entries, lookup, row, first):
+def advance(some, state, entries, centre, narrow, integers, first):
     """The integers of these entries, and the states after them."""
-    narrow, centre, integers = lookup.narrow, lookup.centre, row.integers
     low_mask, precision = u32(u32(u32(1) << narrow) - u32(1)), u32(narrow + u32(PRECISION))
     for lane in range(some[0], some[1]):
         entry, x = entries[lane], state[lane]
@@ -157,9 +157,8 @@ def advance(some, state, entries, lookup, row, first):
 
 
 @compiled
-def refill(some, state, entries, words, position, row, first):
+def refill(some, state, entries, words, position, integers, first):
     """Take the words that states need, and the integers that were escaped: the position after those."""
-    integers = row.integers
     for lane in range(some[0], some[1]):
         x = state[lane]
         # the word is read whether needed or not: a choice of values does not stall where a branch would

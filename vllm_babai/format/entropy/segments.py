@@ -1,8 +1,8 @@
-"""The streams of a blob as many short segments that decode on their own, without coding anything anew.
+"""The streams of a blob as many short segments that decode on their own; nothing is encoded again.
 
-Each stream is decoded once, and what the decoder has in front of some rows is noted: its position and its states. From
-there decoding can start as well as at the head of the tile, so that thousands of warps of a GPU find work in tiles that
-are large for the sake of the disk. Their states and places take 0.08 bit per weight of memory.
+A segment is a point in a stream where decoding can start, and the rows from there to the next such point. Each stream
+is decoded once, and the decoder's position and states before some rows are noted. Tiles are large, to be small on disk;
+segments are short, to give thousands of warps of a GPU work. They take 0.08 bit per weight of memory.
 """
 
 from collections.abc import Sequence
