@@ -1,10 +1,10 @@
 """The sparse part of SSQR: what integers exceed the dense range by, in one self-describing blob per linear.
 
-Layout (little endian): header; tables for gaps and for excesses, uint8; how many entries each tile has, then how many
-words, uint32; the words, uint16. Tiles follow each other row by row, each a stream of its own (`dense_sparse.pairs`), so that
-a rank which holds some rows or columns decodes its tiles alone. Inside a tile positions count row by row, and an entry
-is a pair of numbers: the gap, which is how many positions lie between it and the entry before, and the excess e as
-2(|e| − 1), + 1 if e < 0.
+Layout: header; frequency tables for gaps and for excesses; entries, then words of every tile; the words. The README of
+`vllm_babai/format` has every byte. Tiles follow each other row by row, each a stream of its own (`dense_sparse.pairs`),
+so that a rank which holds some rows or columns decodes its tiles alone. Inside a tile positions count row by row, and
+an entry is a pair of numbers: the gap, which is how many positions lie between it and the entry before, and the excess
+e as 2(|e| − 1), + 1 if e < 0.
 
 On a Gaussian matrix of 2048² of which 1% overflows, an entry costs 8.3, 9.3, 10.5, 11.6 or 14.6 bits at 2, 3, 4, 5 or 8
 dense bits, everything counted: 0.1 more than its entropy, 8.08 of which are the position's.

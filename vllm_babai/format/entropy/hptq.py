@@ -1,10 +1,10 @@
 """HPTQ: integers of any size, entropy coded; one self-describing blob per linear.
 
-Layout (little endian): header; the probability model (`entropy.probability`: tables, classes); if the header says `steps`, the exponents
-of the columns' steps (`format.steps`); padding to 4 bytes; for every tile the end of its stream in words, uint32; then
-the streams (`entropy.rans`), uint16. Tiles follow each other row by row, each a stream of its own, so that thousands of
-threads can decode and a rank that holds some rows or columns decodes its tiles alone. A rANS state costs 24 bits and
-serves at least 4096 weights: 0.006 bit per weight.
+Layout: header; the probability model (`entropy.probability`); exponents of the columns' steps (`format.steps`), if any;
+padding; where the stream of every tile ends; the streams (`entropy.rans`). The README of `vllm_babai/format` has every
+byte. Tiles follow each other row by row, each a stream of its own, so that thousands of threads can decode and a rank
+that holds some rows or columns decodes its tiles alone. A rANS state costs 24 bits and serves at least 4096 weights:
+0.006 bit per weight.
 
 Why rANS and not Huffman: on the linears of the reference model, integers of 2.000 and 3.002 bits of entropy take 1.949
 and 2.930 bits here, everything counted; a Huffman code for each context with the same classes 2.066 and 2.983, one
