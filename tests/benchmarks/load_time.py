@@ -9,17 +9,17 @@ on a GPU.
 
 import statistics
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from harness import command_line, report, table, time_rounds
 
 from vllm_babai.format import HPTQ, LatticeWeight, LayerScheme
 from vllm_babai.ops.coded import CodedTensors, coded_tensors
+from vllm_babai.plugin.readers import HPTQCodedReader, HPTQPackedReader
+from vllm_babai.plugin.readers.reader import StoredLinear, Window
+from vllm_babai.plugin.residency import PackedWeight
 from vllm_babai.triton_kernels import device_layout
-
-if TYPE_CHECKING:  # imports vllm, which takes seconds; --help needs none
-    from vllm_babai.plugin.reader import RankWeight, StoredLinear
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 CPU = torch.device("cpu")
@@ -33,10 +33,8 @@ COLUMNS = {
 }
 
 
-def stored_linear(rows: int, columns: int, rate: float) -> "StoredLinear":
+def stored_linear(rows: int, columns: int, rate: float) -> StoredLinear:
     """Gaussian integers of about this entropy, with one step, spread by row and column as far as a dozen contexts."""
-    from vllm_babai.plugin.reader import StoredLinear, Window
-
     sigma = 2**rate / (2 * torch.pi * torch.e) ** 0.5
     spread = torch.exp2(0.1 * torch.randn(rows, 1)) * torch.exp2(0.1 * torch.randn(columns))
     integers = torch.randn(rows, columns).mul_(sigma * spread).round_().short()
@@ -44,17 +42,15 @@ def stored_linear(rows: int, columns: int, rate: float) -> "StoredLinear":
     return StoredLinear(stored.tensors(), (rows, columns), [Window(slice(0, rows), slice(0, columns))])
 
 
-def load_packed(linear: "StoredLinear") -> "RankWeight":
-    from vllm_babai.plugin.reader import pack_windows, read_hptq
+def load_packed(linear: StoredLinear) -> PackedWeight:
+    reader = HPTQPackedReader(LayerScheme(None))
+    return reader.stack(reader.read(linear))
 
-    return pack_windows(read_hptq(linear, LayerScheme(None)))
 
-
-def load_coded(linear: "StoredLinear") -> CodedTensors:
-    from vllm_babai.plugin.reader import read_hptq, segment_windows
-
-    weight = segment_windows(read_hptq(linear, LayerScheme(None)))
-    return coded_tensors(weight.segments, weight.scales, CPU)
+def load_coded(linear: StoredLinear) -> CodedTensors:
+    reader = HPTQCodedReader(LayerScheme(None))
+    weight = reader.stack(reader.read(linear))
+    return coded_tensors(weight.matrix, weight.scales, CPU)
 
 
 def measure(rows: int, columns: int, rate: float, rounds: int) -> list[dict[str, Any]]:

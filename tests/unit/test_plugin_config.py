@@ -14,7 +14,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 import vllm_babai
 from vllm_babai.format import CheckpointConfig, FormatError, LayerScheme
 from vllm_babai.plugin.config import BabaiConfig
-from vllm_babai.plugin.linear import METHODS, BabaiLinearMethod
+from vllm_babai.plugin.linear import BabaiLinearMethod
+from vllm_babai.plugin.residency import RESIDENCIES
 
 LAYER = "model.layers.0.self_attn"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -74,7 +75,7 @@ def test_scheme_of_a_layer(linear: LinearBase) -> None:
     for name, bits in (("o_proj", 8), ("qkv_proj", 4)):
         method = config.get_quant_method(linear, f"{LAYER}.{name}")
         assert isinstance(method, BabaiLinearMethod)
-        assert method.scheme == LayerScheme(bits)
+        assert method.reader.scheme == LayerScheme(bits)
 
 
 @pytest.mark.parametrize("residency", ["packed", "coded"])
@@ -84,7 +85,9 @@ def test_residency(linear: LinearBase, residency: str) -> None:
     overridden.maybe_update_config("model", hf_config=PreTrainedConfig(babai_residency=residency))
     for config in (stored, overridden):
         config.maybe_update_config("model", hf_config=PreTrainedConfig())
-        assert type(config.get_quant_method(linear, "model.proj")) is METHODS[residency]
+        method = config.get_quant_method(linear, "model.proj")
+        assert method.reader.residency == residency
+        assert method.residency is RESIDENCIES[residency]
 
 
 def test_residency_that_does_not_fit() -> None:
@@ -96,7 +99,7 @@ def test_residency_that_does_not_fit() -> None:
 
 def test_override_of_fused_linears(linear: LinearBase) -> None:
     config = config_of(overrides={f"{LAYER}.{name}": {"bits": 3} for name in FUSED["qkv_proj"]})
-    assert config.get_quant_method(linear, f"{LAYER}.qkv_proj").scheme.bits == 3
+    assert config.get_quant_method(linear, f"{LAYER}.qkv_proj").reader.scheme.bits == 3
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_babai.format import CheckpointConfig, LayerScheme
 from vllm_babai.format.config import QUANT_METHOD
-from vllm_babai.plugin.linear import METHODS
+from vllm_babai.plugin.linear import BabaiLinearMethod
 from vllm_babai.plugin.progress import LoadProgress
+from vllm_babai.plugin.readers import READERS
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -29,7 +30,7 @@ class BabaiConfig(QuantizationConfig):
     """The `quantization_config` of a babai checkpoint, matched with the names of vLLM's layers.
 
     vLLM fuses linears (q_proj, k_proj and v_proj become qkv_proj); the checkpoint names them one by one.
-    Raises ValueError when there is no configuration, that is, when the model is not quantized.
+    Raises ValueError without a configuration, that is, for a model that is not quantized.
     """
 
     def __init__(self, checkpoint: CheckpointConfig | None = None) -> None:
@@ -72,7 +73,7 @@ class BabaiConfig(QuantizationConfig):
         """Take the residency from `--hf-overrides '{"babai_residency": "coded"}'`.
 
         An override of `quantization_config` would have to repeat all of it: vLLM replaces dictionaries, it does not
-        merge them. Raises FormatError for a residency that there is not.
+        merge them. Raises FormatError for an unknown residency.
         """
         residency = getattr(hf_config, "babai_residency", self.checkpoint.residency)
         self.checkpoint = replace(self.checkpoint, residency=residency)
@@ -106,7 +107,8 @@ class BabaiConfig(QuantizationConfig):
         return self._method(self.checkpoint.residency, scheme, prefix, names)
 
     def _method(self, residency: str, scheme: LayerScheme, prefix: str, names: list[str]) -> QuantizeMethodBase:
-        return METHODS[residency](self.checkpoint.format, scheme, prefix, names, self.progress)
+        reader = READERS[self.checkpoint.format, residency](scheme)
+        return BabaiLinearMethod(reader, prefix, names, self.progress)
 
     def _checkpoint_names(self, prefix: str) -> list[str]:
         """Names that the linears fused in the layer `prefix` have in the checkpoint, in the order of their rows."""

@@ -1,50 +1,65 @@
 """Linear layers in vLLM whose weight is a lattice point: stored tensors → tensors on the device → an op of ours."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_babai.format import LayerScheme
-from vllm_babai.ops.backends import backend
-from vllm_babai.ops.coded import CodedTensors, coded_tensors
-from vllm_babai.ops.layout import DeviceLayout
-from vllm_babai.plugin.parameter import StoredParameter
+from vllm_babai.plugin.assemble import assemble
+from vllm_babai.plugin.parameter import StoredParameter, VocabularyParameter
 from vllm_babai.plugin.progress import LoadProgress
-from vllm_babai.plugin.reader import CODED_READERS, READERS, CodedWeight, Reader, read_layer
+from vllm_babai.plugin.readers import Reader
+from vllm_babai.plugin.residency import RESIDENCIES, Placed
 
-# LoRA looks for `qweight`.
-LAYOUT_NAMES = ("qweight", "scales", "overflow_entries", "overflow_offsets")
-CODED_NAMES = ("qweight", "segments", "states", "row_class", "column_class", "table", "scales")
 INPUT_SCALES = "input_scales"
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """What this rank holds of a layer.
+
+    rows: of each linear fused in the layer, by name, in order. in_features: columns. padding: outputs without a row,
+    which vLLM adds to a vocabulary. dtype: of the activations.
+    """
+
+    rows: dict[str, int]
+    in_features: int
+    padding: int
+    dtype: torch.dtype
+
+    @property
+    def out_features(self) -> int:
+        """Rows in all, without padding."""
+        return sum(self.rows.values())
 
 
 @register_weight_loader_v2_supported_method
 class BabaiLinearMethod(LinearMethodBase):
     """One linear layer of vLLM, in any of its kinds (replicated, column, row, merged, QKV, lm_head) and on any rank.
 
-    The rank holds its part dense + sparse. Where the columns have steps of their own, these are `input_scales`, float32
-    [in_features]: x is multiplied by them in float32 and rounded to its dtype once, no more than a weight in that dtype
-    would be. torch.compile makes it part of the norm or activation before.
+    The reader's residency says how the rank holds its part of the weight. Where the columns have steps of their own,
+    these are `input_scales`, float32 [in_features]: x is multiplied by them in float32 and rounded to its dtype once,
+    no more than a weight in that dtype would be. torch.compile makes it part of the norm or activation before.
 
-    format_name: format of the checkpoint. scheme: how the linears fused in this layer are stored.
-    prefix: name of the layer in vLLM. names: names of those linears in the checkpoint, in the order of their rows.
-    progress: of the model's layers. padding: outputs without a row, which vLLM adds to a vocabulary.
+    prefix: name of the layer in vLLM. names: names of the linears fused in it, as the checkpoint has them, in the order
+    of their rows. progress: of the model's layers.
     """
 
-    readers: ClassVar[dict[str, Reader]] = READERS
-    activity = "Packing"
+    sizes: LayerSizes  # from create_weights on, like the next
+    dummy: bool  # whether vLLM loads no weights
+    constants: tuple[int, ...]  # of the op, from process_weights_after_loading on, like the next
+    scales_inputs: bool
 
-    def __init__(
-        self, format_name: str, scheme: LayerScheme, prefix: str, names: list[str], progress: LoadProgress
-    ) -> None:
-        self.reader = self.readers[format_name]
-        self.scheme, self.prefix, self.names, self.progress = scheme, prefix, names, progress
+    def __init__(self, reader: Reader[Any, Any], prefix: str, names: list[str], progress: LoadProgress) -> None:
+        self.reader, self.residency = reader, RESIDENCIES[reader.residency]
+        self.prefix, self.names, self.progress = prefix, names, progress
+        self.loaded: Placed | None = None  # names, shapes and dtypes of the first load, on the meta device
 
     def create_weights(
         self,
@@ -58,101 +73,133 @@ class BabaiLinearMethod(LinearMethodBase):
         weight_loader: Callable,
         **_: Any,
     ) -> None:
-        """Register a parameter per stored tensor. Raises ValueError when the layer cannot be cut for this rank."""
-        multiple = self.reader.column_multiple(self.scheme)
-        if input_size_per_partition != input_size and input_size_per_partition % multiple:
-            raise ValueError(
-                f"{self.prefix}: {input_size} input features do not divide among ranks into multiples of {multiple}, "
-                f"which {self.scheme} needs; choose a smaller tensor-parallel size"
-            )
-        loader = weight_loader if hasattr(layer, "weight_loader_v2") else None
-        self.padding = 0
+        """Register a placeholder per stored tensor.
+
+        Raises ValueError when the layer cannot be cut for this rank, NotImplementedError for offloading to the CPU.
+        """
+        self._check_columns(input_size_per_partition, input_size)
+        padding = 0
         if isinstance(layer, ParallelLMHead):
-            first_row, rows = layer.shard_indices.org_vocab_start_index, layer.num_org_embeddings_per_partition
-            if not rows:
-                raise ValueError(
-                    f"{self.prefix}: a vocabulary of {layer.org_vocab_size} leaves this rank no part of it; "
-                    "choose a smaller tensor-parallel size"
-                )
-            loader = partial(StoredParameter.load_vocabulary, first_row=first_row, vocabulary=layer.org_vocab_size)
-            self.padding = sum(output_partition_sizes) - rows
+            rows = self._rows_of_vocabulary(layer)
+            padding = sum(output_partition_sizes) - rows
             output_partition_sizes = [rows]
-        self.in_features, self.out_features = input_size_per_partition, sum(output_partition_sizes)
-        self.params_dtype = params_dtype
         if len(self.names) == len(output_partition_sizes):
-            self.sizes = dict(zip(self.names, output_partition_sizes, strict=True))
+            by_name = dict(zip(self.names, output_partition_sizes, strict=True))
         else:  # fused on disk
-            self.sizes = {self.prefix: self.out_features}
-        for name, dtype in self.reader.tensors.items():
-            parameter = StoredParameter(
-                dtype=dtype, rows=self.out_features, columns=self.in_features, weight_loader=loader
-            )
-            layer.register_parameter(name, parameter)
+            by_name = {self.prefix: sum(output_partition_sizes)}
+        self.sizes = LayerSizes(by_name, input_size_per_partition, padding, params_dtype)
+        for name, dtype in self.reader.form.dtypes.items():
+            layer.register_parameter(name, self._placeholder(layer, dtype, weight_loader))
+        vllm_config = get_current_vllm_config()
+        _check_offloading(vllm_config)
+        self.dummy = vllm_config.load_config.load_format == "dummy"
         self.progress.expect()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the stored tensors by what the op takes. Raises FormatError that names the linear at fault."""
-        stored = {name: getattr(layer, name) for name in self.reader.tensors}
-        device = next(iter(stored.values())).device
-        parts = {name: parameter.parts for name, parameter in stored.items()}
-        weight = read_layer(self.reader, parts, self.sizes, self.scheme)
-        for name in self.reader.tensors:
+        """Replace the stored tensors by what the op takes.
+
+        Raises FormatError that names the linear at fault, ValueError where new weights do not fit in the place of old.
+        """
+        weight = self._take_weight(layer)
+        device = getattr(layer, next(iter(self.reader.form.dtypes))).device
+        for name in self.reader.form.dtypes:
             delattr(layer, name)
-        placed = self._place(weight, device)
-        self.scales_inputs = weight.input_scales is not None
-        if self.scales_inputs:
-            placed[INPUT_SCALES] = weight.input_scales.to(device, torch.float32)
-        for name, tensor in placed.items():
+        placed = self.residency.place(weight, self.sizes.in_features, device)
+        self.residency.warm_up(placed, self.sizes.in_features, self.sizes.dtype)
+        self.constants, self.scales_inputs = placed.constants, weight.input_scales is not None
+        if weight.input_scales is not None:
+            placed.tensors[INPUT_SCALES] = weight.input_scales.to(device, torch.float32)
+        for name, tensor in self._as_loaded_first(placed).items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
-        self._warm_up(layer, device)
-        self.progress.advance(self.activity)
+        self.progress.advance(self.residency.activity)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] → x Wᵀ + bias, [..., out_features], in the dtype of x."""
         if self.scales_inputs:
             x = (x * getattr(layer, INPUT_SCALES)).to(x.dtype)
-        y = self._multiply(layer, x)
-        if self.padding:
-            y = torch.nn.functional.pad(y, (0, self.padding))
+        y = self.residency.multiply(x, [getattr(layer, name) for name in self.residency.names], self.constants)
+        if self.sizes.padding:
+            y = torch.nn.functional.pad(y, (0, self.sizes.padding))
         return y if bias is None else y + bias
 
-    def _place(self, weight: Any, device: torch.device) -> dict[str, Tensor]:
-        """What the reader made of the layer's weight → parameters on the device, by name."""
-        self.bits = weight.bits
-        layout = backend(device.type).device_layout(
-            weight.qweight, weight.scales, weight.overflow, self.bits, self.in_features, device
+    def _check_columns(self, columns: int, all_columns: int) -> None:
+        multiple = self.reader.column_multiple
+        if columns != all_columns and columns % multiple:
+            raise ValueError(
+                f"{self.prefix}: {all_columns} input features do not divide among ranks into multiples of {multiple}, "
+                f"which {self.reader.scheme} needs; choose a smaller tensor-parallel size"
+            )
+
+    def _rows_of_vocabulary(self, head: ParallelLMHead) -> int:
+        if not head.num_org_embeddings_per_partition:
+            raise ValueError(
+                f"{self.prefix}: a vocabulary of {head.org_vocab_size} leaves this rank no part of it; "
+                "choose a smaller tensor-parallel size"
+            )
+        return head.num_org_embeddings_per_partition
+
+    def _placeholder(self, layer: torch.nn.Module, dtype: torch.dtype, weight_loader: Callable) -> StoredParameter:
+        size: dict[str, Any] = {"dtype": dtype, "rows": self.sizes.out_features, "columns": self.sizes.in_features}
+        if isinstance(layer, ParallelLMHead):
+            first_row, vocabulary = layer.shard_indices.org_vocab_start_index, layer.org_vocab_size
+            return VocabularyParameter(first_row=first_row, vocabulary=vocabulary, **size)
+        loader = weight_loader if hasattr(layer, "weight_loader_v2") else None
+        return StoredParameter(layer_loader=loader, **size)
+
+    def _take_weight(self, layer: torch.nn.Module) -> Any:
+        """The weight of the layer. Then the placeholders, which vLLM keeps for reloading, drop the stored tensors."""
+        if self.dummy:
+            return self.reader.dummy(self.sizes.out_features, self.sizes.in_features)
+        parts = {name: getattr(layer, name).parts for name in self.reader.form.dtypes}
+        try:
+            return assemble(self.reader, parts, self.sizes.rows)
+        finally:
+            for found in parts.values():
+                found.clear()
+
+    def _as_loaded_first(self, placed: Placed) -> dict[str, Tensor]:
+        """The tensors, as large as when the layer was loaded first: vLLM copies reloaded weights to the same memory.
+
+        Captured CUDA graphs and compiled code hold on to it, and to the constants. Fewer overflow entries are padded.
+        Raises ValueError for what does not fit.
+        """
+        if self.loaded is None:
+            shapes = {name: tensor.to("meta") for name, tensor in placed.tensors.items()}
+            self.loaded = Placed(shapes, placed.constants)
+            return placed.tensors
+        before, tensors = self.loaded, dict(placed.tensors)
+        for name in self.residency.may_shrink & tensors.keys():
+            missing = before.tensors[name].shape[0] - tensors[name].shape[0]
+            if missing > 0:
+                padding = (0, 0) * (tensors[name].dim() - 1) + (0, missing)
+                tensors[name] = torch.nn.functional.pad(tensors[name], padding)
+        different = [
+            f"{name}: {_describe(before.tensors.get(name))}, now {_describe(tensors.get(name))}"
+            for name in before.tensors | tensors
+            if _describe(before.tensors.get(name)) != _describe(tensors.get(name))
+        ]
+        if before.constants != placed.constants:
+            different.append(f"constants: {before.constants}, now {placed.constants}")
+        if different:
+            raise ValueError(
+                f"{self.prefix}: the reloaded weights do not fit in the memory of the ones before "
+                f"({'; '.join(different)}); start the server again to serve them"
+            )
+        return tensors
+
+
+def _check_offloading(vllm_config: VllmConfig) -> None:
+    """Raise NotImplementedError for vLLM's offloading of weights, which reckons with sizes before loading.
+
+    Placeholders have none then: any budget would move all quantized layers.
+    """
+    offload = getattr(vllm_config, "offload_config", None)  # the versions before it keep the option elsewhere
+    if offload is not None and (offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size):
+        raise NotImplementedError(
+            "quantized layers cannot be offloaded to the CPU (--cpu-offload-gb, --offload-group-size): their sizes are "
+            "unknown before they are loaded. Quantize to fewer bits, or split the model with --tensor-parallel-size"
         )
-        return dict(zip(LAYOUT_NAMES, layout, strict=True))
-
-    def _multiply(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
-        return torch.ops.babai.matmul(x, *_layout(layer), self.bits, self.out_features)
-
-    def _warm_up(self, layer: torch.nn.Module, device: torch.device) -> None:
-        """Leave nothing to compile while serving."""
-        backend(device.type).warm_up(_layout(layer), self.bits, self.in_features, self.out_features, self.params_dtype)
 
 
-@register_weight_loader_v2_supported_method
-class CodedLinearMethod(BabaiLinearMethod):
-    """As its base, but the rank holds its part as the checkpoint's own streams, and every call decodes them."""
-
-    readers = CODED_READERS
-    activity = "Indexing"
-
-    def _place(self, weight: CodedWeight, device: torch.device) -> dict[str, Tensor]:
-        *tensors, self.across = coded_tensors(weight.segments, weight.scales, device)
-        return dict(zip(CODED_NAMES, tensors, strict=True))
-
-    def _multiply(self, layer: torch.nn.Module, x: Tensor) -> Tensor:
-        return torch.ops.babai.coded_matmul(x, *(getattr(layer, name) for name in CODED_NAMES), self.across)
-
-    def _warm_up(self, layer: torch.nn.Module, device: torch.device) -> None:
-        fields: Any = (*(getattr(layer, name) for name in CODED_NAMES), self.across)
-        backend(device.type).warm_up_coded(CodedTensors(*fields), self.in_features, self.params_dtype)
-
-
-METHODS = {"packed": BabaiLinearMethod, "coded": CodedLinearMethod}
-
-
-def _layout(layer: torch.nn.Module) -> DeviceLayout:
-    return DeviceLayout(*(getattr(layer, name) for name in LAYOUT_NAMES))
+def _describe(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")

@@ -1,0 +1,16 @@
+"""From the stored tensors of a linear layer to the weight that this rank holds: a reader for each way to hold a format.
+
+A reader is named by the format of the checkpoint and the residency of its weights, see `READERS`.
+"""
+
+from vllm_babai.plugin.readers.hptq import HPTQCodedReader, HPTQPackedReader
+from vllm_babai.plugin.readers.reader import Reader
+from vllm_babai.plugin.readers.ssqr import SSQRReader
+
+READERS: dict[tuple[str, str], type[Reader]] = {
+    ("ssqr", "packed"): SSQRReader,
+    ("hptq", "packed"): HPTQPackedReader,
+    ("hptq", "coded"): HPTQCodedReader,
+}
+
+__all__ = ["READERS", "HPTQCodedReader", "HPTQPackedReader", "Reader", "SSQRReader"]
