@@ -25,12 +25,21 @@ def compiled(function: Any, parallel: bool = False) -> Any:
         return njit(nogil=True, parallel=parallel)(function)
 
 
-def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`[function(item) for item in items]`, on as many threads as this process may use cores."""
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parallel_map(
+    function: Callable[[Item], Result], items: Iterable[Item], start_worker: Callable[[], object] | None = None
+) -> list[Result]:
+    """`[function(item) for item in items]`, on as many threads as this process may use cores.
+
+    start_worker: called first in every thread; not called where there is one item or one core, and so no thread.
+    """
     items = list(items)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, len(items))
+    workers = min(available_cores(), len(items))
     if workers < 2:
         return [function(item) for item in items]
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=start_worker) as pool:
         return list(pool.map(function, items))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_babai.format.lattice import MAX_INTEGER, integer_range, share_beyond
+from vllm_babai.offline.scales.select import kth_smallest
 from vllm_babai.offline.scales.solution import Solution
 from vllm_babai.offline.solver.expected import expected_targets
 from vllm_babai.offline.solver.lattice import Lattice
@@ -170,7 +171,7 @@ class ScaleSearch:
     def _price(self, saved: Tensor) -> float:
         """What an entry costs where a share `overflow` of all targets saves more than that."""
         fitting = max(1, saved.numel() - round(self.overflow * saved.numel()))
-        return float(saved.flatten().kthvalue(fitting).values)
+        return kth_smallest(saved, fitting)
 
 
 def overflow_scales(

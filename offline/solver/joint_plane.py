@@ -17,10 +17,10 @@ model (`python tests/benchmarks/quality.py`, cases "16 paths").
 import torch
 from torch import Tensor
 
-from vllm_babai.compiled import parallel_map
 from vllm_babai.offline.solver.lattice import Lattice
 from vllm_babai.offline.solver.nearest_plane import NEAREST, NearestPlane, Rounding, from_right_to_left
 from vllm_babai.offline.solver.row_geometry import RowBlock, equal_rows
+from vllm_babai.offline.solver.threads import parallel_products
 
 # Columns that are decided row by row between two matrix products. A row's paths end with a leaf: the best one is left.
 # So more columns give the paths more room, and cost more time in the loops, less in products.
@@ -58,5 +58,5 @@ def joint_plane(weight: Tensor, lattice: Lattice, steps: Tensor, rounding: Round
         found.integers[:, block.rows], found.residual[:, block.rows] = integers, residual
         found.targets[:, block.rows] = targets
 
-    parallel_map(solve_block, rows.blocks)
+    parallel_products(solve_block, rows.blocks)
     return NearestPlane(*(t.to(weight.device) for t in (found.integers, found.residual, found.targets)))

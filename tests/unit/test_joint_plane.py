@@ -1,5 +1,7 @@
 """Joint nearest plane is Babai's algorithm on the Kronecker product of two lattices."""
 
+import os
+import threading
 from dataclasses import replace
 from itertools import product
 
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.solver import paths
 from vllm_babai.offline.solver.expected import error, expected_error
 from vllm_babai.offline.solver.factor import Factor, factorize
 from vllm_babai.offline.solver.joint_plane import LEAF, joint_plane
@@ -226,3 +229,50 @@ def test_compiled_loops_are_the_reference(
     found = joint_plane(weight, lattice, steps, rounding)
     assert torch.equal(found.integers, expected)
     torch.testing.assert_close(found.residual, weight - steps * expected)
+
+
+class OnDevice(Tensor):
+    """A tensor that says it is on a GPU, and counts its copies to the CPU."""
+
+    copies = 0
+    device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+
+    def cpu(self) -> Tensor:  # type: ignore[override]
+        OnDevice.copies += 1
+        return self.as_subclass(Tensor)
+
+
+def test_a_factor_on_a_device_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many blocks of rows and however many solves use it."""
+    monkeypatch.setattr(OnDevice, "copies", 0)
+    weight, lattice = random_layer(20, 12, 3)
+    elsewhere = replace(lattice.columns, unit_upper=lattice.columns.unit_upper.as_subclass(OnDevice))
+    steps = torch.full((1, 12), 0.3, dtype=torch.float64)
+    for rows in (lattice.rows, None):
+        found = joint_plane(weight, Lattice(elsewhere, rows, paths=2), steps)
+        expected = joint_plane(weight, replace(lattice, rows=rows, paths=2), steps)
+        assert torch.equal(found.integers, expected.integers)
+    assert OnDevice.copies == 1
+
+
+@pytest.mark.parametrize(("cores", "threads", "each"), [(8, 8, 2), (4, 4, 1), (2, 8, 1), (8, 1, 1)])
+def test_blocks_take_no_more_threads_than_cores(
+    cores: int, threads: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def note(*_: object) -> None:
+        seen.append(torch.get_num_threads())
+        busy.wait(10)
+
+    before, seen = torch.get_num_threads(), []
+    busy = threading.Barrier(min(cores, 4))  # so that every worker takes its share of the four blocks
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(paths, "decide", note)
+    weight, lattice = random_layer(20, 12, 3)
+    try:
+        torch.set_num_threads(threads)
+        joint_plane(weight, lattice, torch.ones(1, 12, dtype=torch.float64))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [each] * 4
+    assert each * min(cores, 4) <= cores
