@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
-from vllm_babai.format import HPTQ, SSQR, LatticeWeight
+from vllm_babai.format import HPTQ, SSQR, LatticeWeight, integer_range
+from vllm_babai.format.lattice import share_beyond
 from vllm_babai.offline.scales.hptq import search_rate
 from vllm_babai.offline.scales.solution import Solution
-from vllm_babai.offline.scales.ssqr import overflow_share, search_overflow
+from vllm_babai.offline.scales.ssqr import search_overflow
 from vllm_babai.offline.solver.expected import error, expected_error
 from vllm_babai.offline.solver.factor import Factor, Order
 from vllm_babai.offline.solver.lattice import Lattice
@@ -75,7 +76,7 @@ def quantize_ssqr(
         _report(name, basis_weight, lattice, solution, tensors),
         bits=bits,
         group_size=group_size,
-        overflow_share=overflow_share(solution.plane.integers, bits),
+        overflow_share=share_beyond(solution.plane.integers, integer_range(bits)),
         seconds=time.perf_counter() - started,
     )
     return QuantizedLinear(tensors, point, report)

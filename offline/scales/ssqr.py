@@ -127,12 +127,14 @@ class ScaleSearch:
             draws = self._draw(steps, attempt)
             price = self._price(torch.cat([self._savings(targets, steps) for targets in draws]))
             multiples = torch.exp2(torch.linspace(-span, span, CANDIDATES, device=self.weight.device))
+            few = self._beyond(torch.stack(draws), steps, multiples[0])
             costs = []
             for multiple in multiples:
-                beyond = torch.zeros_like(self.weight)
-                for targets in draws:
-                    beyond += self._savings(targets, multiple * steps).clamp_(max=price) / len(draws)
-                costs.append((multiple * scales.T.float()).square() * rounding + beyond[self.cells].sum(1))
+                saved = savings(few.draws, multiple * few.steps, few.importance, self.bits)
+                beyond = torch.zeros_like(self.weight)  # in the order of cells
+                beyond.view(-1)[few.places] = saved.clamp_(max=price).div_(len(draws)).sum(0)
+                of_cells = beyond.view(*self.cells.shape, -1).sum(1)
+                costs.append((multiple * scales.T.float()).square() * rounding + of_cells)
             scales = (scales.float() * multiples[torch.stack(costs).argmin(0)].T).to(torch.bfloat16)
         return scales
 
@@ -150,7 +152,7 @@ class ScaleSearch:
             rounding = Rounding(low=low, high=high, price=price / self.importance)
             plane = solve(self.weight, self.lattice, steps, rounding)
             saved = self._savings(plane.targets, steps)
-            shares.append(overflow_share(plane.integers, self.bits))
+            shares.append(share_beyond(plane.integers, (low, high)))
         kept = float(saved[saved <= price].double().sum())
         return Solution(scales, steps, plane, len(shares), kept)
 
@@ -165,6 +167,18 @@ class ScaleSearch:
     def _draw(self, steps: Tensor, attempt: int) -> tuple[Tensor, Tensor]:
         return expected_targets(self.weight, steps, self.lattice.columns, self.seed + attempt)
 
+    def _beyond(self, draws: Tensor, steps: Tensor, smallest: Tensor) -> "_Few":
+        """The weights whose targets are beyond the range at the smallest multiple of the steps in any draw, so all that
+        are at a larger one. They are few, and comparing scales on them alone takes a third of the time at 4 bits.
+        """
+        low, high = integer_range(self.bits)
+        integers = torch.round(draws / (smallest * steps))
+        position, row = ((integers < low) | (integers > high)).any(0).nonzero(as_tuple=True)
+        places = self.cells.flatten().argsort()[position] * draws.shape[-1] + row
+        return _Few(
+            draws[:, position, row], steps.expand_as(self.weight)[position, row], self.importance[position, row], places
+        )
+
     def _savings(self, targets: Tensor, steps: Tensor) -> Tensor:
         return savings(targets, steps, self.importance, self.bits)
 
@@ -172,6 +186,18 @@ class ScaleSearch:
         """What an entry costs where a share `overflow` of all targets saves more than that."""
         fitting = max(1, saved.numel() - round(self.overflow * saved.numel()))
         return kth_smallest(saved, fitting)
+
+
+@dataclass(frozen=True)
+class _Few:
+    """Some of the weights. draws: of their targets, [draws, weights]. places: int64, where they are in a matrix
+    [n, out] with its positions in the order of cells.
+    """
+
+    draws: Tensor
+    steps: Tensor
+    importance: Tensor
+    places: Tensor
 
 
 def overflow_scales(
@@ -227,8 +253,3 @@ def savings(targets: Tensor, steps: Tensor, importance: Tensor, bits: int) -> Te
     integers = inner.round()
     edges = integers.clamp(low, high)
     return (integers - edges) * (2 * inner - integers - edges) * steps.square() * importance
-
-
-def overflow_share(integers: Tensor, bits: int) -> float:
-    """Share of integers beyond the dense range."""
-    return share_beyond(integers, integer_range(bits))
