@@ -1,5 +1,6 @@
 """The run over a whole model: capture → factor → nearest plane → encode → checkpoint, block by block."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,12 +51,23 @@ def quantize(
 def _checkpoint_config(prepared: Prepared, options: QuantizeOptions, wanted: dict[str, Target]) -> CheckpointConfig:
     """A quantized head is always among the overrides, by which the plugin knows it; any other is ignored."""
     model, head = prepared.model, prepared.head
-    every = [name for i in range(len(model.blocks)) for name in model.linears(i)]
-    ignored = [*([] if head else ["lm_head"]), *(name for name in every if options.ignores(name))]
+    ignored = [*([] if head else ["lm_head"]), *_weights_left_alone(model, wanted)]
+    scope = model.block_names
     if options.format == "hptq":
-        return CheckpointConfig(options.format, ignore=ignored, overrides={head: {}} if head else {})
+        overrides: dict[str, dict[str, int]] = {head: {}} if head else {}
+        return CheckpointConfig(options.format, ignore=ignored, overrides=overrides, scope=scope)
     overrides = {n: {"bits": target.bits} for n, target in wanted.items() if target.bits != options.bits or n == head}
-    return CheckpointConfig(options.format, options.bits, options.group_size, ignored, overrides)
+    return CheckpointConfig(options.format, options.bits, options.group_size, ignored, overrides, scope=scope)
+
+
+def _weights_left_alone(model: StreamedModel, quantized: Collection[str]) -> list[str]:
+    """Modules of the decoder blocks with a matrix of their own that stays as it is: convolutions, routers, linears that
+    were ignored. In vLLM any of them may be a linear.
+    """
+    blocks = tuple(f"{name}." for name in model.block_names)
+    weights = [name for name in model.checkpoint.files if name.startswith(blocks) and name.endswith(".weight")]
+    matrices = [name.removesuffix(".weight") for name in weights if len(model.checkpoint.shape(name)) > 1]
+    return [name for name in matrices if name not in quantized]
 
 
 def _sensitivity_and_plan(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.calibration import calibration_tokens, load_tokenizer
@@ -23,7 +22,7 @@ class Prepared:
     @property
     def blocks(self) -> list[Part]:
         """The parts that are decoder blocks: all but the head."""
-        return self.parts[: len(self.inputs.arguments)]
+        return self.parts[: len(self.inputs.calls)]
 
     @property
     def head(self) -> str | None:
@@ -42,14 +41,13 @@ def prepare(model: str | Path, options: QuantizeOptions) -> Prepared:
     streamed = open_streamed(checkpoint, device, options.resolve_dtype(device))
     parts = parts_of(streamed, options)
     tokenizer = load_tokenizer(checkpoint.folder)
-    length = _sequence_length(options, checkpoint.config())
+    length = _sequence_length(options, streamed.positions)
     tokens = calibration_tokens(tokenizer, options.calibration, options.samples, length, options.seed)
     return Prepared(streamed, parts, Inputs(tokens, *streamed.first_inputs(tokens)))
 
 
-def _sequence_length(options: QuantizeOptions, config: dict[str, Any]) -> int:
+def _sequence_length(options: QuantizeOptions, positions: int) -> int:
     """Tokens per calibration sequence. Raises QuantizationError when the model has fewer positions."""
-    positions = config.get("max_position_embeddings") or 2048
     if options.sequence_length > positions:
         raise QuantizationError(
             f"--sequence-length {options.sequence_length} exceeds the model's {positions} positions"

@@ -77,14 +77,14 @@ class RunFolder:
         replaced = {f"{report.name}.weight" for report in reports}
         kept = [name for name in self.checkpoint.files if name.startswith(f"{part.name}.") and name not in replaced]
         write_atomically(self._report_file(part), json.dumps([asdict(report) for report in reports]))
-        save_atomically(self.partial / part.file, {name: self.checkpoint.read(name) for name in kept} | quantized)
+        save_atomically(self.partial / part.file, {name: self.checkpoint.read_kept(name) for name in kept} | quantized)
 
     def finish(self, config: CheckpointConfig) -> Path:
         """Write what is in no part, the index, config and report; give the folder its name."""
         checkpoint, count = self.checkpoint, len(self.parts) + 1
         inside = tuple(f"{part.name}." for part in self.parts)
         rest = self.partial / part_file(count, count)
-        save_atomically(rest, {n: checkpoint.read(n) for n in checkpoint.files if not n.startswith(inside)})
+        save_atomically(rest, {n: checkpoint.read_kept(n) for n in checkpoint.files if not n.startswith(inside)})
         files = [*(self.partial / part.file for part in self.parts), rest]
         write_index(self.partial, files)
         copy_companions(checkpoint, self.partial)

@@ -5,8 +5,9 @@ calibration text; embeddings of their own (Gemma 3n and 4), which are not; a dic
 values for later ones. A `Call` holds all of this for all sequences.
 """
 
-from collections.abc import Callable, Hashable, Iterator, MutableMapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -96,24 +97,28 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         return leaf
 
     left = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), call.left)
-    batch = call.hidden.batch
+    given, batch = dict(left), call.hidden.batch
     output = block(*_mapped(call.positional, argument), **_mapped(call.keywords, argument))
-    call.left.update(left)
+    call.left.update(newly_left(left, given))
     output = output[0] if isinstance(output, tuple) else output
     return output.movedim((batch, batch + 1), (0, 1))
 
 
-class Recorder(nn.Module):
-    """Stands in for a decoder block: passes the hidden states on, and notes them and the other arguments.
+def newly_left(now: dict[Hashable, Any], before: dict[Hashable, Any]) -> dict[Hashable, Any]:
+    """What a block has left that was not there before, or was another."""
+    return {key: value for key, value in now.items() if value is not before.get(key)}
+
+
+class StandIn(nn.Module):
+    """Stands in for a decoder block in its model: passes the hidden states on.
 
     outputs: how many outputs the block returns in a tuple, or None where it returns the hidden states alone.
     """
 
-    def __init__(self, block: nn.Module, outputs: int | None) -> None:
+    def __init__(self, block: nn.Module, outputs: int | None = None) -> None:
         super().__init__()
         self.block = (block,)  # in a tuple, so that it is no module of the model
         self.outputs = outputs
-        self.calls: list[tuple[tuple, dict[str, Any]]] = []
 
     def __getattr__(self, name: str) -> Any:
         """What models read off their blocks: attributes of the block."""
@@ -123,18 +128,38 @@ class Recorder(nn.Module):
             return getattr(self.__dict__["block"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append((args, kwargs))
-        return as_returned(hidden_states(args, kwargs), self.outputs)
+        return self.returned(hidden_states(args, kwargs))
+
+    def returned(self, hidden: Tensor) -> Any:
+        """Hidden states as the block returns them."""
+        return hidden if self.outputs is None else (hidden, *[None] * (self.outputs - 1))
 
 
-def hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+class Recorder(StandIn):
+    """Notes what it is called with, too: `args` and `kwargs` are those of the last call."""
+
+    args: tuple = ()
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.args, self.kwargs = args, kwargs
+        return super().forward(*args, **kwargs)
+
+
+class Injector(StandIn):
+    """Passes on `hidden` [sequences, length, …], whatever it is given. batch: see `Hidden`."""
+
+    def __init__(self, block: nn.Module, outputs: int | None, batch: int) -> None:
+        super().__init__(block, outputs)
+        self.batch, self.hidden = batch, torch.empty(0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.returned(self.hidden.movedim((0, 1), (self.batch, self.batch + 1)))
+
+
+def hidden_states(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states among a block's arguments: the first by position, or those of that name."""
     return args[0] if args else kwargs["hidden_states"]
-
-
-def as_returned(hidden: Tensor, outputs: int | None) -> Any:
-    """Hidden states as a block returns them: see `Recorder`."""
-    return hidden if outputs is None else (hidden, *[None] * (outputs - 1))
 
 
 def leaves_of(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -167,16 +192,16 @@ class Recording:
     def __init__(self, block: str) -> None:
         self.block = block
         self.first: dict[Path, Any] = {}
-        self.arguments: tuple[tuple, dict[str, Any]] = ((), {})
+        self.arguments: tuple[tuple, Mapping[str, Any]] = ((), {})
         self.doubled: dict[Path, Any] = {}
         self.others: dict[Path, list[Tensor]] = {}
         self.sequences = 0
 
-    def note_doubled(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def note_doubled(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """The call for a batch of the first sequence twice: it tells which dimensions are the batch's."""
         self.doubled = dict(leaves_of([args, kwargs]))
 
-    def note(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def note(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
         """The call for the next sequence alone; its hidden states, [1, length, …]."""
         leaves = dict(leaves_of([args, kwargs]))
         if not self.sequences:

@@ -1,6 +1,6 @@
 """What a decoder block's linears see: groups that share an input, the moments of it, and the block's outputs."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map, tree_map_only
 
 from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.model.call import Call, newly_left, run_block
 from vllm_babai.offline.solver.drift import Drift
 
 BATCH_TOKENS = 2048  # a choice: enough to fill a device, few enough that activations are small beside a block
@@ -19,12 +21,6 @@ ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_)  # what + and += co
 
 class _Reached(Exception):
     """Ends a forward pass when the linear of interest has been called."""
-
-
-def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Outputs of a block for a batch of hidden states [sequences, length, hidden]."""
-    output = block(hidden, **arguments)
-    return output[0] if isinstance(output, tuple) else output
 
 
 def batches(hidden: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
@@ -36,9 +32,7 @@ def batches(hidden: Tensor, device: torch.device) -> Iterator[tuple[slice, Tenso
 
 
 @torch.no_grad()
-def shared_inputs(
-    block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor, arguments: dict[str, Any]
-) -> list[list[str]]:
+def shared_inputs(block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor, call: Call) -> list[list[str]]:
     """Names of linears in groups that read the same tensor (q/k/v, gate/up), in the order in which they are called.
 
     Raises QuantizationError that names a linear which the block never calls.
@@ -53,7 +47,7 @@ def shared_inputs(
         groups.setdefault(id(args[0]), []).append(name)
 
     with _hooked((linear, partial(note, name)) for name, linear in linears.items()):
-        run_block(block, hidden[:1], arguments)
+        run_block(block, hidden[:1], call.at(slice(0, 1)))
     silent = linears.keys() - {name for group in groups.values() for name in group}
     if silent:
         raise QuantizationError(
@@ -74,9 +68,7 @@ class Seen:
 
 
 @torch.no_grad()
-def added_linears(
-    block: nn.Module, linears: Mapping[str, nn.Linear], hidden: Tensor, arguments: dict[str, Any]
-) -> set[str]:
+def added_linears(block: nn.Module, linears: Mapping[str, nn.Linear], hidden: Tensor, call: Call) -> set[str]:
     """Names of the linears whose outputs the block adds to hidden states; found out on one sequence.
 
     An output counts as added where the very tensor is an operand of a sum with another of its shape. This holds for the
@@ -84,7 +76,7 @@ def added_linears(
     in Gemma 2.
     """
     probe = _Watch(linears, linears.keys())
-    probe.run(block, hidden[:1].to(next(block.parameters()).device), arguments)
+    probe.run(block, hidden[:1].to(next(block.parameters()).device), call.at(slice(0, 1)))
     return set(probe.streams)
 
 
@@ -93,7 +85,7 @@ def seen_by(
     block: nn.Module,
     linears: Mapping[str, nn.Linear],
     hidden: Tensor,
-    arguments: dict[str, Any],
+    call: Call,
     added: Collection[str] = (),
 ) -> Iterator[dict[str, Seen]]:
     """Batch by batch, linear → what it sees; the block runs no further than needed.
@@ -102,7 +94,7 @@ def seen_by(
     """
     for window, batch in batches(hidden, next(block.parameters()).device):
         watch = _Watch(linears, added)
-        watch.run(block, batch, arguments)
+        watch.run(block, batch, call.at(window))
         streams = {name: stream.flatten(0, -2).float() for name, stream in watch.streams.items()}
         yield {n: Seen(window, x.flatten(0, -2).float(), streams.get(n)) for n, x in watch.inputs.items()}
 
@@ -197,13 +189,13 @@ class _Watch(TorchFunctionMode):
         self.outputs: dict[str, Tensor] = {}
         self.streams: dict[str, Tensor] = {}
 
-    def run(self, block: nn.Module, batch: Tensor, arguments: dict[str, Any]) -> None:
-        """Run the block on a batch [sequences, length, hidden]."""
+    def run(self, block: nn.Module, batch: Tensor, call: Call) -> None:
+        """Run the block on a batch [sequences, length, hidden]; `call` is that for this batch."""
         handles = [linear.register_forward_pre_hook(partial(self._reached, n)) for n, linear in self.linears.items()]
         handles += [self.linears[name].register_forward_hook(partial(self._called, name)) for name in self.added]
         try:
             with self, suppress(_Reached):
-                run_block(block, batch, arguments)
+                run_block(block, batch, call)
         finally:
             for handle in handles:
                 handle.remove()
@@ -231,10 +223,24 @@ class _Watch(TorchFunctionMode):
 
 
 @torch.no_grad()
-def advance(block: nn.Module, hidden: Tensor, arguments: dict[str, Any], device: torch.device) -> None:
-    """Replace the block's inputs by its outputs, batch by batch and in place."""
+def advance(block: nn.Module, hidden: Tensor, call: Call, device: torch.device) -> None:
+    """Replace the block's inputs by its outputs, batch by batch and in place; keep what it leaves in `call.left`."""
+    left: dict[Hashable, Any] = {}
     for window, batch in batches(hidden, device):
-        hidden[window] = run_block(block, batch, arguments).to(hidden.device)
+        here = call.at(window)
+        before = dict(here.left)
+        hidden[window] = run_block(block, batch, here).to(hidden.device)
+        for key, value in newly_left(here.left, before).items():
+            if key not in left:
+                left[key] = tree_map_only(
+                    Tensor, lambda t: t.new_empty(len(hidden), *t.shape[1:]).to(hidden.device), value
+                )
+            tree_map(partial(_write, window), left[key], value)
+    call.left.update(left)
+
+
+def _write(window: slice, whole: Tensor, part: Tensor) -> None:
+    whole[window] = part
 
 
 @contextmanager

@@ -28,6 +28,15 @@ class Checkpoint:
         with safe_open(self.files[name], framework="pt") as file:
             return file.get_tensor(name)
 
+    def read_kept(self, name: str) -> Tensor:
+        """The tensor called `name` as it stays where it is not quantized."""
+        return self.read(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor called `name`."""
+        with safe_open(self.files[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def read_below(self, prefix: str) -> dict[str, Tensor]:
         """All tensors whose name starts with `prefix`, which is cut off the names."""
         return {name[len(prefix) :]: self.read(name) for name in self.files if name.startswith(prefix)}

@@ -56,7 +56,7 @@ class Fp8Checkpoint(Checkpoint):
             raise QuantizationError(f"{name}: {error}") from error
 
     def read_kept(self, name: str) -> Tensor:
-        """As `read`, for a tensor that stays as it is: bfloat16 where it was FP8."""
+        """As `read`; what was FP8 becomes bfloat16."""
         return self.read(name).bfloat16() if name in self.scales else self.read(name)
 
     def config(self) -> dict:

@@ -5,68 +5,69 @@ the first block; a block's weights exist only between `load_block` and the end o
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.model.call import Call, Injector, Recorder, Recording, StandIn
 from vllm_babai.offline.model.capture import batches
 from vllm_babai.offline.model.checkpoint import Checkpoint
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder block: passes the hidden states on, and notes them and the other arguments."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.hidden = torch.empty(0)
-        self.arguments: dict[str, Any] = {}
-        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):  # what models read off their blocks
-            if hasattr(block, name):
-                setattr(self, name, getattr(block, name))
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args:
-            raise QuantizationError(f"decoder blocks called with positional arguments {args} are not supported")
-        self.hidden, self.arguments = hidden, kwargs
-        return hidden
-
-
-class _Injector(nn.Module):
-    """Stands in for the first decoder block: whatever it is given, it passes on `hidden`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden = torch.empty(0)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.hidden
+from vllm_babai.offline.model.fp8 import open_source
+from vllm_babai.offline.model.trial import Tried, try_blocks, without
+from vllm_babai.offline.model.view import CheckpointView, view_checkpoint
 
 
 @dataclass
 class StreamedModel:
-    """See the module. `blocks_name` is the name of the list of decoder blocks, e.g. 'model.layers'."""
+    """See the module. Parts and linears go by their names in the checkpoint; those of transformers' modules, which may
+    be others, stay in here and in `view`.
 
-    checkpoint: Checkpoint
+    skeleton: the model on the meta device. decoder_name: of the text decoder in it. list_name: of the list of blocks in
+    the decoder. tried: what a first run of each block on the meta device has shown.
+    """
+
+    view: CheckpointView
     skeleton: PreTrainedModel
-    blocks_name: str
+    decoder_name: str
+    list_name: str
+    tried: list[Tried]
     device: torch.device
     dtype: torch.dtype
 
     @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint, in floating point."""
+        return self.view.checkpoint
+
+    @property
+    def positions(self) -> int:
+        """The longest sequence that the model was made for, 2048 where it does not say."""
+        config = self.skeleton.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None) or 2048
+
+    @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, on the meta device."""
-        blocks = self.skeleton.get_submodule(self.blocks_name)
+        blocks = self.skeleton.get_submodule(self._list)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
-    def block_name(self, index: int) -> str:
-        """Full name of a decoder block."""
-        return f"{self.blocks_name}.{index}"
+    @cached_property
+    def block_names(self) -> list[str]:
+        """Full names of the decoder blocks, e.g. 'model.layers.0'."""
+        return [self.view.stored_module(f"{self._list}.{index}") for index in range(len(self.blocks))]
+
+    @property
+    def blocks_name(self) -> str:
+        """What the names of all decoder blocks begin with, e.g. 'model.layers'."""
+        return self.block_names[0].rpartition(".")[0]
 
     @property
     def head_name(self) -> str:
@@ -77,51 +78,81 @@ class StreamedModel:
         head = self.skeleton.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise QuantizationError(f"--lm-head: {type(self.skeleton).__name__} has no linear that makes logits")
-        name = next(name for name, module in self.skeleton.named_modules() if module is head)
-        if head.weight is self.skeleton.get_input_embeddings().weight:
+        stored = self.view.stored_name(f"{self._head}.weight")
+        if head.weight is self.skeleton.get_input_embeddings().weight or stored is None:
             raise QuantizationError(
-                f"--lm-head: {name} is tied to the embedding, which stays as it is; quantize without --lm-head"
+                f"--lm-head: {self._head} is tied to the embedding, which stays as it is; quantize without --lm-head"
             )
-        return name
+        return stored.removesuffix(".weight")
 
-    def linears(self, index: int) -> dict[str, nn.Linear]:
-        """Full name → linear of a decoder block, on the meta device."""
-        return named_linears(self.block_name(index), self.blocks[index])
+    def linears(self, part: str, module: nn.Module | None = None) -> dict[str, nn.Linear]:
+        """Full name → linear of `module`, which is the part of that name, and by default the one on the meta device.
+
+        A part is a decoder block or the head. Linears that cannot be quantized are left out, see `unquantizable`.
+        """
+        name = self._module(part)
+        module = self.skeleton.get_submodule(name) if module is None else module
+        spared, found = self.unquantizable(part), {}
+        for linear, each in module.named_modules(prefix=name):
+            stored = self.view.stored_name(f"{linear}.weight")
+            if isinstance(each, nn.Linear) and linear not in spared and stored is not None:
+                found[stored.removesuffix(".weight")] = each
+        return found
+
+    def unquantizable(self, part: str) -> dict[str, str]:
+        """Linears of a part that have to stay as they are, by transformers' full name, and why."""
+        if part not in self.block_names:
+            return {}
+        name, found = self._module(part), {}
+        called = self.tried[self.block_names.index(part)].called
+        for linear, module in self.skeleton.get_submodule(name).named_modules():
+            if isinstance(module, nn.Linear) and linear not in called:
+                found[f"{name}.{linear}"] = "its block never calls it"
+            elif isinstance(module, nn.Linear) and self.view.stored_name(f"{name}.{linear}.weight") is None:
+                found[f"{name}.{linear}"] = "the checkpoint does not hold its weight as one tensor"
+        return found
 
     def load_block(self, index: int) -> nn.Module:
         """A copy of block `index` with its weights. Raises QuantizationError for missing tensors or NaN."""
-        return self.load(self.block_name(index))
+        return self.load(self.block_names[index])
 
-    def load(self, name: str) -> nn.Module:
-        """A copy of the module called `name` with its weights. Raises QuantizationError like `load_block`."""
-        state = self.checkpoint.read_below(f"{name}.")
-        for key, tensor in state.items():
+    def load(self, part: str) -> nn.Module:
+        """A copy of a decoder block or the head with its weights. Raises QuantizationError like `load_block`."""
+        name, state = self._module(part), {}
+        for key in self.view.below(f"{name}."):
+            tensor = state[key.removeprefix(f"{name}.")] = self.view.read(key)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise QuantizationError(f"{name}.{key} has NaN or Inf in {self.checkpoint.files[f'{name}.{key}'].name}")
+                stored = self.view.stored_name(key) or key
+                raise QuantizationError(f"{stored} has NaN or Inf in {', '.join(sorted(self.view.files(key)))}")
         module = copy.deepcopy(self.skeleton.get_submodule(name))
-        _fill(module, state, name, self.device, self.dtype)
+        self._fill(module, state, name)
         return module.eval().requires_grad_(False)
 
-    def first_inputs(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Hidden states before the first block, and the keyword arguments of every block.
+    def first_inputs(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """Hidden states before the first block, [sequences, length, hidden], and how each block is called.
 
-        tokens: int64 [sequences, length]. Returns [sequences, length, hidden] and one dictionary per block, made for a
-        batch of one sequence, which serves any batch as positions and mask are the same.
+        tokens: int64 [sequences, length].
         """
-        backbone, _, list_name = self.blocks_name.rpartition(".")
-        model = copy.deepcopy(self.skeleton.get_submodule(backbone))
-        recorders = [_Recorder(block) for block in self.blocks]
-        setattr(model, list_name, nn.ModuleList(recorders))
-        prefix = f"{backbone}." if backbone else ""
-        wanted = {key for key, _ in model.named_parameters()} | {key for key, _ in model.named_buffers()}
-        state = {key: self.checkpoint.read(prefix + key) for key in wanted if prefix + key in self.checkpoint.files}
-        _fill(model, state, backbone, self.device, self.dtype)
+        decoder = copy.deepcopy(self.skeleton.get_submodule(self.decoder_name))
+        recorders = [Recorder(block, tried.outputs) for block, tried in zip(self.blocks, self.tried, strict=True)]
+        decoder.set_submodule(self.list_name, nn.ModuleList(recorders))
+        prefix = f"{self.decoder_name}." if self.decoder_name else ""
+        wanted = {key for key, _ in decoder.named_parameters()} | {key for key, _ in decoder.named_buffers()}
+        state = {key: self.view.read(prefix + key) for key in wanted if prefix + key in self.view}
+        self._fill(decoder, state, self.decoder_name)
+        decoder.eval()
+        recordings = [Recording(name) for name in self.block_names]
         hidden: list[Tensor] = []
         with torch.no_grad():
+            decoder(tokens[:1].repeat(2, 1).to(self.device), use_cache=False)
+            for recorder, recording in zip(recorders, recordings, strict=True):
+                recording.note_doubled(recorder.args, recorder.kwargs)
             for sequence in tokens:
-                model(sequence[None].to(self.device), use_cache=False)
-                hidden.append(recorders[0].hidden)
-        return torch.cat(hidden), [recorder.arguments for recorder in recorders]
+                decoder(sequence[None].to(self.device), use_cache=False)
+                noted = [r.note(each.args, each.kwargs) for each, r in zip(recorders, recordings, strict=True)]
+                hidden.append(noted[0])
+        stacked: dict[tuple[int, ...], Tensor] = {}
+        return torch.cat(hidden), [recording.call(stacked) for recording in recordings]
 
     def load_head(self) -> Callable[[Tensor, Tensor], Tensor]:
         """What follows the blocks: a function of tokens [1, length] and hidden states [1, length, hidden] → logits."""
@@ -141,84 +172,165 @@ class StreamedModel:
         tokens: int64 [sequences, length]. streams: hidden states [sequences, length, hidden] of these tokens.
         """
         model, injected = self._without_blocks()
-        recorder = _Recorder(model.get_submodule(self.head_name))
-        model.set_submodule(self.head_name, recorder)
+        recorder = Recorder(model.get_submodule(self._head))
+        model.set_submodule(self._head, recorder)
         self._fill_outer(model)
         for hidden in streams:
             for window, injected.hidden in batches(hidden, self.device):
                 model(tokens[window].to(self.device), use_cache=False)
-                hidden[window] = recorder.hidden.to(hidden.device)
+                hidden[window] = recorder.args[0].to(hidden.device)
 
-    def _without_blocks(self) -> tuple[nn.Module, _Injector]:
-        """The model on the meta device with stand-ins for its blocks, the first of which gives whatever it is told."""
-        model, injected = copy.deepcopy(self.skeleton), _Injector()
-        backbone, _, list_name = self.blocks_name.rpartition(".")
-        stand_ins = [_Recorder(block) for block in self.blocks[1:]]
-        setattr(model.get_submodule(backbone), list_name, nn.ModuleList([injected, *stand_ins]))
+    @property
+    def _list(self) -> str:
+        return join(self.decoder_name, self.list_name)
+
+    @property
+    def _head(self) -> str:
+        head = self.skeleton.get_output_embeddings()
+        return next(name for name, module in self.skeleton.named_modules() if module is head)
+
+    def _module(self, part: str) -> str:
+        """What transformers calls a decoder block or the head."""
+        return f"{self._list}.{self.block_names.index(part)}" if part in self.block_names else self._head
+
+    def _without_blocks(self) -> tuple[nn.Module, Injector]:
+        """The model on the meta device with stand-ins for its blocks, the last of which gives whatever it is told."""
+        model, last = copy.deepcopy(self.skeleton), self.tried[-1]
+        injected = Injector(self.blocks[-1], last.outputs, last.batch)
+        before = [StandIn(block, tried.outputs) for block, tried in zip(self.blocks[:-1], self.tried[:-1], strict=True)]
+        model.set_submodule(self._list, nn.ModuleList([*before, injected]))
         return model, injected
 
     def _fill_outer(self, model: nn.Module) -> None:
-        """Give a model without blocks its weights."""
-        state = {key: self.checkpoint.read(key) for key in model.state_dict() if key in self.checkpoint.files}
-        tied = getattr(model, "_tied_weights_keys", None) or {}
-        state |= {key: state[source] for key, source in dict(tied).items() if key not in state and source in state}
-        _fill(model, state, type(model).__name__, self.device, self.dtype)
+        """Give a model without blocks its weights. What it does not run on text (a vision tower) may lack some."""
+        state = {key: self.view.read(key) for key in model.state_dict() if key in self.view}
+        tied = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
+        state |= {key: state[source] for key, source in tied.items() if key not in state and source in state}
+        inside = tuple(f"{name}." if name else "" for name in (self.decoder_name, self._head))
+        self._fill(model, state, "", spare={key for key in model.state_dict() if not key.startswith(inside)})
         model.eval().requires_grad_(False)
 
+    def _fill(self, module: nn.Module, state: dict[str, Tensor], name: str, spare: Collection[str] = ()) -> None:
+        """Give a copy of the module called `name` its tensors; buffers that no checkpoint stores are computed anew.
 
-def named_linears(name: str, module: nn.Module) -> dict[str, nn.Linear]:
-    """Full name → linear of the module called `name`, which may be a linear itself."""
-    return {n: m for n, m in module.named_modules(prefix=name) if isinstance(m, nn.Linear)}
+        spare: tensors that may be missing, and stay on the meta device.
+        """
+        state = {key: t.to(self.device, self.dtype if t.is_floating_point() else None) for key, t in state.items()}
+        stored = module.state_dict().keys()
+        if missing := stored - state.keys() - set(spare):
+            shown = name or type(module).__name__
+            raise QuantizationError(f"{shown} lacks tensors in the checkpoint: {', '.join(sorted(missing))}")
+        for part_name, part in module.named_modules():
+            buffers = dict(part.named_buffers(part_name, recurse=False))
+            if buffers.keys() - stored:
+                part.to_empty(device=self.device, recurse=False)
+                _spoil(buffers.keys() - stored, module)
+                self._owner(join(name, part_name))._init_weights(part)  # its weights, too, which are read after it
+        if name.startswith(f"{self._list}.") and _spoiled(module, stored):
+            decoder = without(self.skeleton.get_submodule(self.decoder_name), self.list_name)
+            decoder.set_submodule(self.list_name, nn.ModuleList([module]))
+            self._owner(self.decoder_name)._init_weights(decoder)  # as Falcon-H1, whose decoder does it for its blocks
+        if spoiled := _spoiled(module, stored):
+            raise QuantizationError(
+                f"{name}: neither the checkpoint nor {type(self.skeleton).__name__} has values for its buffers"
+                f" {', '.join(spoiled)}"
+            )
+        module.load_state_dict(state, strict=False, assign=True)
+
+    def _owner(self, name: str) -> PreTrainedModel:
+        """The innermost of transformers' models that the module called `name` is part of: it knows its buffers."""
+        owner = self.skeleton
+        module: nn.Module = self.skeleton
+        for part in filter(None, name.split(".")):
+            module = getattr(module, part)
+            owner = module if isinstance(module, PreTrainedModel) else owner
+        return owner
+
+
+def join(*names: str) -> str:
+    """Names of modules in each other as one: the model itself has none."""
+    return ".".join(filter(None, names))
 
 
 def open_streamed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> StreamedModel:
-    """Build the model on the meta device and find its decoder blocks.
+    """Build the model on the meta device, find its decoder blocks and see them run.
 
-    Raises QuantizationError for a model that is already quantized, is not a causal LM of a known type, has no list of
-    decoder blocks, or holds a mixture of experts.
+    Raises QuantizationError for a model that is quantized already (other than in FP8), is not a causal LM of a known
+    type, has no list of decoder blocks, holds a mixture of experts, or whose blocks do not run one by one.
     """
-    if "quantization_config" in checkpoint.config():
-        raise QuantizationError(f"{checkpoint.folder} is already quantized; start from the original weights")
+    source = open_source(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = AutoConfig.from_pretrained(source.folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            skeleton = _build(config, dtype)
     except (ValueError, KeyError) as error:
-        raise QuantizationError(f"{checkpoint.folder} is not a causal language model: {error}") from error
-    model = StreamedModel(checkpoint, skeleton, _find_blocks(skeleton, config), device, dtype)
-    for name, module in model.blocks.named_modules(prefix=model.blocks_name):
-        if "expert" in name.rpartition(".")[2].lower() or "Experts" in type(module).__name__:
-            raise QuantizationError(f"{name} ({type(module).__name__}) is a mixture of experts: not supported yet")
-    if not model.linears(0):
-        raise QuantizationError(f"{model.block_name(0)} holds no nn.Linear")
+        reason = " ".join(str(error).split())
+        raise QuantizationError(f"{source.folder} is not a causal language model: {reason}") from error
+    skeleton.eval().requires_grad_(False)
+    if config.is_encoder_decoder or skeleton.get_output_embeddings() is None:
+        raise QuantizationError(
+            f"{source.folder} is not a causal language model: {type(skeleton).__name__} makes no logits of the next"
+            " token after decoder blocks alone"
+        )
+    decoder = skeleton.get_decoder()
+    decoder_name = next(name for name, module in skeleton.named_modules() if module is decoder)
+    list_name = _find_blocks(decoder, config)
+    blocks_name = join(decoder_name, list_name)
+    _refuse_experts(skeleton.get_submodule(blocks_name), blocks_name)
+    tried = try_blocks(decoder, list_name, blocks_name)
+    view = view_checkpoint(source, skeleton)
+    _refuse_missing(view, decoder_name)
+    model = StreamedModel(view, skeleton, decoder_name, list_name, tried, device, dtype)
+    if not any(model.linears(name) for name in model.block_names):
+        raise QuantizationError(
+            f"{blocks_name} ({type(model.blocks[0]).__name__}) hold no nn.Linear, which is all that can be quantized"
+        )
     return model
 
 
-def _find_blocks(skeleton: nn.Module, config: Any) -> str:
-    layers = config.get_text_config().num_hidden_layers
-    lists = [n for n, m in skeleton.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+def _build(config: Any, dtype: torch.dtype) -> Any:
+    """The model that config.json names, or else transformers' choice for its type."""
+    named = getattr(transformers, next(iter(config.architectures or []), ""), None)
+    if named is not None:
+        return named._from_config(config, dtype=dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _find_blocks(decoder: nn.Module, config: Any) -> str:
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    lists = [n for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not lists:
-        raise QuantizationError(f"{type(skeleton).__name__} has no list of {layers} decoder blocks")
+        raise QuantizationError(f"{type(decoder).__name__} has no list of {layers} decoder blocks")
     return min(lists, key=len)
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor], name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a module on the meta device its tensors; buffers that no checkpoint stores are computed anew."""
-    state = {key: t.to(device, dtype if t.is_floating_point() else None) for key, t in state.items()}
-    stored = module.state_dict().keys()
-    if missing := stored - state.keys():
-        raise QuantizationError(f"{name} lacks tensors in the checkpoint: {', '.join(sorted(missing))}")
-    for part_name, part in module.named_modules():
-        buffers = {key for key, _ in part.named_buffers(part_name, recurse=False)}
-        if buffers - stored:
-            part.to_empty(device=device, recurse=False)
-            _initializer(module)(part)  # its weights, too, which are read after it
-    module.load_state_dict(state, strict=False, assign=True)
+def _refuse_experts(blocks: nn.Module, blocks_name: str) -> None:
+    for name, module in blocks.named_modules(prefix=blocks_name):
+        if "expert" in name.rpartition(".")[2].lower() or "Experts" in type(module).__name__:
+            raise QuantizationError(f"{name} ({type(module).__name__}) is a mixture of experts: not supported yet")
 
 
-def _initializer(module: nn.Module) -> Any:
-    """transformers computes rotary tables and embedding scales in the model's `_init_weights`."""
-    initializer = getattr(module, "_init_weights", None)
-    if initializer is None:
-        raise QuantizationError(f"{type(module).__name__} has buffers that its checkpoint does not store")
-    return initializer
+def _refuse_missing(view: CheckpointView, decoder_name: str) -> None:
+    tied = getattr(view.model, "all_tied_weights_keys", None) or {}
+    wanted = [name for name in view.model.state_dict() if name.startswith(decoder_name) and name not in tied]
+    if missing := [name for name in wanted if name not in view]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise QuantizationError(
+            f"{view.checkpoint.folder} lacks tensors in the checkpoint: {', '.join(missing[:5])}{more}"
+        )
+
+
+def _spoil(buffers: Collection[str], module: nn.Module) -> None:
+    """Make it visible in these buffers when nothing computes them."""
+    for name in buffers:
+        buffer = module.get_buffer(name)
+        if buffer.is_floating_point():
+            buffer.fill_(torch.nan)
+
+
+def _spoiled(module: nn.Module, stored: Collection[str]) -> list[str]:
+    """Names of the buffers that are not stored and nothing has computed."""
+    buffers = ((name, buffer) for name, buffer in module.named_buffers() if name not in stored and not buffer.is_meta)
+    return [name for name, buffer in buffers if buffer.is_floating_point() and buffer.isnan().any()]

@@ -1,18 +1,20 @@
-"""A run of every block on the meta device: what it returns, and which of its linears it calls, before anything is read.
+"""A run of every block on the meta device: what it returns, and which of its linears it calls.
 
-The model around the blocks runs on a CPU with weights of zero, as masks and positions ask for the values of tensors.
+Before any tensor is read, so that a model that cannot be quantized is refused at once. The model around the blocks runs
+on a CPU with weights of zero, as masks and positions ask for the values of tensors.
 """
 
 import copy
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vllm_babai.errors import QuantizationError
-from vllm_babai.offline.model.call import as_returned, hidden_states
+from vllm_babai.offline.model.call import StandIn, hidden_states
 
 TOKENS = 8  # enough for the short convolutions of hybrids
 
@@ -20,11 +22,12 @@ TOKENS = 8  # enough for the short convolutions of hybrids
 @dataclass(frozen=True)
 class Tried:
     """What a block did. outputs: how many it returns in a tuple, None where it returns the hidden states alone.
-    called: names in the block of the linears that it calls, in order.
+    called: names in the block of the linears that it calls. batch: dimension of its hidden states that is of sequences.
     """
 
     outputs: int | None
-    called: tuple[str, ...]
+    called: frozenset[str]
+    batch: int
 
 
 def try_blocks(decoder: nn.Module, list_name: str, name: str) -> list[Tried]:
@@ -34,10 +37,8 @@ def try_blocks(decoder: nn.Module, list_name: str, name: str) -> list[Tried]:
     """
     blocks = decoder.get_submodule(list_name)
     assert isinstance(blocks, nn.ModuleList)
-    tried: list[Tried] = []
-    left: dict[int, dict] = {}
-    trials = [_Trial(block, f"{name}.{index}", tried, left) for index, block in enumerate(blocks)]
-    outer = copy.deepcopy(_without(decoder, list_name))
+    trials = [_Trial(block, f"{name}.{index}") for index, block in enumerate(blocks)]
+    outer = copy.deepcopy(without(decoder, list_name))
     outer.set_submodule(list_name, nn.ModuleList(trials))
     for module in outer.modules():
         for key, parameter in module._parameters.items():
@@ -46,46 +47,60 @@ def try_blocks(decoder: nn.Module, list_name: str, name: str) -> list[Tried]:
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = _zeros(buffer)
-    with torch.no_grad():
-        outer.eval()(torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
-    if len(tried) != len(blocks):
-        raise QuantizationError(
-            f"{name}: the model runs {len(tried)} of its {len(blocks)} blocks, not each of them once"
-        )
-    return tried
+    outer.eval()
+    for sequences in (1, 2):
+        left: dict[int, dict] = {}
+        for trial in trials:
+            trial.left = left
+        with torch.no_grad():
+            outer(torch.zeros(sequences, TOKENS, dtype=torch.long), use_cache=False)
+    return [trial.result() for trial in trials]
 
 
-class _Trial(nn.Module):
-    """Stands in for a block: runs it on the meta device, and passes the hidden states on."""
+class _Trial(StandIn):
+    """Runs its block on the meta device, and passes the hidden states on. name: of the block.
 
-    def __init__(self, block: nn.Module, name: str, tried: list[Tried], left: dict[int, dict]) -> None:
-        super().__init__()
-        self.state = (block, name, tried, left)  # in a tuple, so that the block is no module of the model
+    left: what the model's dictionaries, by identity, become there: blocks leave tensors in them for later ones.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["state"][0], name)
+    def __init__(self, block: nn.Module, name: str) -> None:
+        super().__init__(block)
+        self.name = name
+        self.left: dict[int, dict] = {}
+        self.called: set[str] = set()
+        self.shapes: list[torch.Size] = []  # of the hidden states, for one sequence and for two
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        block, name, tried, left = self.state
-        called: dict[str, None] = {}
-        linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        hooks = [m.register_forward_pre_hook(lambda *_, n=n: called.setdefault(n)) for n, m in linears.items()]
+        (block,) = self.block
+        linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        hooks = [module.register_forward_pre_hook(partial(self._note, name)) for name, module in linears.items()]
         try:
-            output = block(*_on_meta(args, left), **_on_meta(kwargs, left))
+            output = block(*_on_meta(args, self.left), **_on_meta(kwargs, self.left))
         except Exception as error:  # the model's own code, which may raise anything
             reason = " ".join(str(error).split())
             raise QuantizationError(
-                f"{name} ({type(block).__name__}) does not run block by block, as quantizing needs it to: {reason}"
+                f"{self.name} ({type(block).__name__}) does not run block by block, as quantizing needs it to: {reason}"
             ) from error
         finally:
             for hook in hooks:
                 hook.remove()
-        outputs = len(output) if isinstance(output, tuple) else None
-        tried.append(Tried(outputs, tuple(called)))
-        return as_returned(hidden_states(args, kwargs), outputs)
+        self.outputs = len(output) if isinstance(output, tuple) else None
+        hidden = hidden_states(args, kwargs)
+        self.shapes.append(hidden.shape)
+        return self.returned(hidden)
+
+    def result(self) -> Tried:
+        """What was found. Raises QuantizationError for a block that was not called once for each batch."""
+        if len(self.shapes) != 2:
+            raise QuantizationError(
+                f"{self.name} ({type(self.block[0]).__name__}): the model calls it {len(self.shapes) / 2:g} times for"
+                " each token; only models that call every block once can be quantized"
+            )
+        batch = next(i for i, (one, two) in enumerate(zip(*self.shapes, strict=True)) if two == 2 * one)
+        return Tried(self.outputs, frozenset(self.called), batch)
+
+    def _note(self, linear: str, *_: Any) -> None:
+        self.called.add(linear)
 
 
 def _on_meta(tree: Any, left: dict[int, dict]) -> Any:
@@ -105,7 +120,7 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=like.dtype, device="cpu")
 
 
-def _without(decoder: nn.Module, list_name: str) -> nn.Module:
+def without(decoder: nn.Module, list_name: str) -> nn.Module:
     """A shallow copy of the modules down to the list of blocks, which is empty in it."""
     parent_name, _, own = list_name.rpartition(".")
     result = copy.copy(decoder)

@@ -7,14 +7,15 @@ quantizes a part before its outputs go on to the next.
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.model.call import Call
 from vllm_babai.offline.model.capture import Moments, Seen, added_linears, advance, moments, seen_by, shared_inputs
-from vllm_babai.offline.model.streamed import StreamedModel, named_linears
+from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.solver.drift import Drift
 from vllm_babai.offline.solver.factor import Factor, factorize
@@ -32,24 +33,24 @@ class Part(NamedTuple):
 
 class Inputs(NamedTuple):
     """Calibration inputs. tokens: int64 [sequences, length]. hidden: of the first block, [sequences, length, hidden].
-    arguments: the blocks' other arguments, by keyword, a dictionary for each.
+    calls: how each block is called.
     """
 
     tokens: Tensor
     hidden: Tensor
-    arguments: list[dict[str, Any]]
+    calls: list[Call]
 
 
 @dataclass(frozen=True)
 class Stage:
     """A part in memory. linears: those to quantize, by full name. hidden: inputs of `module`, [sequences, length,
-    hidden], to be called with `arguments`.
+    hidden]. call: how it is called.
     """
 
     module: nn.Module
     linears: dict[str, nn.Linear]
     hidden: Tensor
-    arguments: dict[str, Any]
+    call: Call
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def parts_of(model: StreamedModel, options: QuantizeOptions) -> list[Part]:
 
     Raises QuantizationError when no linear is left to quantize, or the head has no weight of its own.
     """
-    linears = {model.block_name(i): tuple(model.linears(i)) for i in range(len(model.blocks))}
+    linears = {name: tuple(model.linears(name)) for name in model.block_names}
     linears = {name: tuple(n for n in every if not options.ignores(n)) for name, every in linears.items()}
     if options.lm_head is not None:
         linears[model.head_name] = (model.head_name,)
@@ -89,17 +90,16 @@ def walk(
     parts: those from the first block on. streams: hidden states like `inputs.hidden`, of one model or of two.
     visit(part, *stages): called with a stage for each stream before its hidden states go on; it may change the weights.
     """
-    for number, (part, arguments) in enumerate(zip(parts, [*inputs.arguments, {}], strict=False), 1):
-        stages = _stages(model, part, inputs.tokens, streams, arguments)
+    left: list[dict] = [{} for _ in streams]  # by blocks for later ones
+    for number, (part, call) in enumerate(zip(parts, [*inputs.calls, Call()], strict=False), 1):
+        stages = _stages(model, part, inputs.tokens, streams, [call.of(each) for each in left])
         visit(part, *stages)
         if number < len(parts):
             _advance(stages, model.device)
         del stages  # before the next part is loaded
 
 
-def _stages(
-    model: StreamedModel, part: Part, tokens: Tensor, streams: list[Tensor], arguments: dict[str, Any]
-) -> list[Stage]:
+def _stages(model: StreamedModel, part: Part, tokens: Tensor, streams: list[Tensor], calls: list[Call]) -> list[Stage]:
     """A stage for each stream. To the head every token is a sequence of its own, so that no more than one token's
     logits are computed when it is called to see what it reads.
     """
@@ -108,13 +108,13 @@ def _stages(
     if isinstance(first, nn.Linear):
         model.advance_to_head(tokens, *streams)
         streams = [hidden.flatten(0, 1)[:, None] for hidden in streams]
-    linears = [{n: m for n, m in named_linears(part.name, each).items() if n in part.linears} for each in modules]
-    return [Stage(*each, arguments) for each in zip(modules, linears, streams, strict=True)]
+    linears = [{n: m for n, m in model.linears(part.name, each).items() if n in part.linears} for each in modules]
+    return [Stage(*each) for each in zip(modules, linears, streams, calls, strict=True)]
 
 
 def _advance(stages: list[Stage], device: torch.device) -> None:
     for stage in stages:
-        advance(stage.module, stage.hidden, stage.arguments, device)
+        advance(stage.module, stage.hidden, stage.call, device)
 
 
 def factored_groups(
@@ -132,7 +132,7 @@ def factored_groups(
     captured when the caller is done with the one before, whose linears it may have quantized. Raises QuantizationError
     that names the linears when activations are not finite or their Hessian cannot be factored.
     """
-    groups = shared_inputs(stage.module, stage.linears, stage.hidden[:1].to(_device(stage)), stage.arguments)
+    groups = shared_inputs(stage.module, stage.linears, stage.hidden[:1].to(_device(stage)), stage.call)
     for some in [groups] if at_once and groups else [[group] for group in groups]:
         found = _capture(stage, original, {group[0]: token_weights(group) for group in some})
         for group in some:
@@ -149,12 +149,12 @@ def _capture(stage: Stage, original: Stage | None, token_weights: dict[str, Tens
 
     def seen(of: Stage, added: Collection[str] = ()) -> Iterator[dict[str, Seen]]:
         linears = {name: of.linears[name] for name in token_weights}
-        return seen_by(of.module, linears, of.hidden, of.arguments, added)
+        return seen_by(of.module, linears, of.hidden, of.call, added)
 
     if original is None:
         return moments(seen(stage), None, token_weights)
     linears = {name: stage.linears[name] for name in token_weights}
-    added = added_linears(stage.module, linears, stage.hidden, stage.arguments)
+    added = added_linears(stage.module, linears, stage.hidden, stage.call)
     return moments(seen(stage, added), seen(original, added), token_weights)
 
 

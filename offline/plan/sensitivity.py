@@ -10,7 +10,7 @@ blocks of ROW_BLOCK rows. It holds one block of the model, its inputs and their 
 wait on disk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +22,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from vllm_babai.offline.model.capture import advance, batches, run_block
-from vllm_babai.offline.model.streamed import StreamedModel, named_linears
+from vllm_babai.offline.model.call import Call, newly_left, run_block
+from vllm_babai.offline.model.capture import advance, batches
+from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.model.walk import Inputs
 from vllm_babai.offline.solver.row_geometry import ROW_DAMPING, RowGeometry, independent_rows, row_geometry
 from vllm_babai.progress import Tick, uncounted
+
+LeftGradients = dict[Hashable, list[Tensor]]  # by each tensor that a block has left under a key, [sequences, …]
 
 ROW_BLOCK = 256
 HEAD = "head.safetensors"
@@ -76,19 +80,23 @@ def measure_sensitivity(
 
     tick: called `sensitivity_passes` times, whenever a block or the head is done.
     """
-    hidden, arguments = inputs.hidden.clone(), inputs.arguments
+    hidden, calls = inputs.hidden.clone(), []
+    left: dict[Hashable, Any] = {}  # by blocks for later ones
     with TemporaryDirectory(dir=folder) as spill:
         for index in range(len(model.blocks)):
             save_file({"hidden": hidden}, _file(Path(spill), index))
-            advance(model.load_block(index), hidden, arguments[index], model.device)
+            calls.append(inputs.calls[index].of(dict(left)))
+            advance(model.load_block(index), hidden, inputs.calls[index].of(left), model.device)
             tick()
         gradient, variances = _head_gradient(model, inputs.tokens, hidden, seed)
         save_file({"rows": variances}, folder / HEAD)
         tick()
+        left_gradients: LeftGradients = {}
         for index in reversed(range(len(model.blocks))):
             hidden = load_file(_file(Path(spill), index))["hidden"]
             _file(Path(spill), index).unlink()
-            save_file(_block_backward(model, index, hidden, gradient, arguments[index]), _file(folder, index))
+            found = _block_backward(model, index, hidden, gradient, calls[index], left_gradients)
+            save_file(found, _file(folder, index))
             tick()
     return Sensitivity(folder, model.blocks_name)
 
@@ -132,14 +140,17 @@ def _head_gradient(model: StreamedModel, tokens: Tensor, hidden: Tensor, seed: i
 
 
 def _block_backward(
-    model: StreamedModel, index: int, hidden: Tensor, gradient: Tensor, arguments: dict[str, Any]
+    model: StreamedModel, index: int, hidden: Tensor, gradient: Tensor, call: Call, left_gradients: LeftGradients
 ) -> dict[str, Tensor]:
-    """Take the gradient from a block's outputs to its inputs, in place; what `Sensitivity` reads of its linears."""
-    block, name = model.load_block(index), model.block_name(index)
-    linears = named_linears(name, block)
+    """Take the gradients from a block's outputs to its inputs, in place; what `Sensitivity` reads of its linears.
+
+    gradient: by the hidden states. left_gradients: by what blocks leave for later ones.
+    """
+    block = model.load_block(index)
+    linears = model.linears(model.block_names[index], block)
     tokens = {linear: torch.zeros(hidden.shape[:2]) for linear in linears}
     rows = {n: torch.zeros(m.out_features, ROW_BLOCK, device=model.device) for n, m in linears.items()}
-    window = slice(0)
+    window, written = slice(0), {}
 
     def note(linear: str, by_output: Tensor) -> None:
         by_row = by_output.float().flatten(0, -2)
@@ -154,9 +165,40 @@ def _block_backward(
     for linear, module in linears.items():
         module.register_forward_hook(partial(watch, linear))
     for window, batch in batches(hidden, model.device):
-        inputs = batch.requires_grad_()
-        outputs = run_block(block, inputs, arguments)
-        (by_inputs,) = torch.autograd.grad(outputs, inputs, gradient[window].to(model.device))
+        inputs, here = batch.requires_grad_(), call.at(window)
+        here.left.update(tree_map_only(Tensor, lambda t: t.to(model.device).requires_grad_(), here.left))
+        read = dict(here.left)
+        outputs = run_block(block, inputs, here)
+        written = newly_left(here.left, read)
+        by_inputs, *by_read = torch.autograd.grad(
+            [outputs, *tree_leaves(written)],
+            [inputs, *tree_leaves(read)],
+            [gradient[window].to(model.device), *_cut(left_gradients, written, window)],
+            allow_unused=True,
+        )
         gradient[window] = by_inputs.to(gradient.device)
+        _add(left_gradients, read, by_read, window, len(hidden))
+    for key in written:  # by the last batch, as by every one
+        left_gradients.pop(key, None)
     count = hidden.shape[:2].numel()
     return {f"{n}.tokens": t for n, t in tokens.items()} | {f"{n}.rows": (t / count).cpu() for n, t in rows.items()}
+
+
+def _cut(gradients: LeftGradients, left: Mapping[Hashable, Any], window: slice) -> Iterator[Tensor]:
+    """Gradients by the tensors in `left`, of the sequences in `window`; 0 where no later block has read them."""
+    for key, value in left.items():
+        for index, tensor in enumerate(tree_leaves(value)):
+            yield gradients[key][index][window].to(tensor) if key in gradients else torch.zeros_like(tensor)
+
+
+def _add(
+    gradients: LeftGradients, left: Mapping[Hashable, Any], found: Sequence[Tensor | None], window: slice, count: int
+) -> None:
+    """Add what one of `count` sequences' batches has found; `found` is in the order of the tensors in `left`."""
+    rest = iter(found)
+    for key, value in left.items():
+        leaves = tree_leaves(value)
+        for index, (tensor, more) in enumerate(zip(leaves, rest, strict=False)):
+            if more is not None:
+                zeros = [torch.zeros(count, *leaf.shape[1:], dtype=leaf.dtype) for leaf in leaves]
+                gradients.setdefault(key, zeros)[index][window] += more.to("cpu", tensor.dtype)

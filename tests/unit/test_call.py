@@ -46,7 +46,7 @@ def recorded(block: Block, sequences: Tensor) -> tuple[Tensor, Call]:
         outputs = recorder(hidden, *rest, **keywords)
         assert outputs[0] is hidden
         assert len(outputs) == 2
-        return recorder.calls[0]
+        return recorder.args, recorder.kwargs
 
     recording = Recording("model.layers.0")
     recording.note_doubled(*call(sequences[:1].repeat(2, 1, 1), own[:1].repeat(2, 1, 1)))

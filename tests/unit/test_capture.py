@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.model.call import Call
 from vllm_babai.offline.model.capture import BATCH_TOKENS, Moments, advance, batches, moments, seen_by, shared_inputs
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.streamed import StreamedModel, open_streamed
@@ -49,7 +50,7 @@ def linears(block: Block) -> dict[str, nn.Linear]:
 
 
 def captured_moments(block: Block, linears: dict[str, nn.Linear], hidden: Tensor, scale: float) -> dict[str, Moments]:
-    return moments(seen_by(block, linears, hidden, {"scale": scale}), None, dict.fromkeys(linears))
+    return moments(seen_by(block, linears, hidden, Call(keywords={"scale": scale})), None, dict.fromkeys(linears))
 
 
 @pytest.fixture(scope="module")
@@ -67,21 +68,21 @@ def random_tokens(sequences: int, length: int) -> torch.Tensor:
 
 
 def test_groups_of_a_llama_block(streamed: StreamedModel) -> None:
-    hidden, arguments = streamed.first_inputs(random_tokens(1, 16))
+    hidden, calls = streamed.first_inputs(random_tokens(1, 16))
     block = streamed.load_block(0)
-    linears = {name: block.get_submodule(name.removeprefix("model.layers.0.")) for name in streamed.linears(0)}
-    groups = shared_inputs(block, linears, hidden, arguments[0])
+    linears = streamed.linears("model.layers.0", block)
+    groups = shared_inputs(block, linears, hidden, calls[0])
     short = [[name.rpartition(".")[2] for name in group] for group in groups]
     assert short == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
 def test_linears_that_the_block_never_calls_are_named(block: Block) -> None:
     with pytest.raises(QuantizationError, match="unused: not called when the block runs"):
-        shared_inputs(block, dict(block.named_children()), torch.randn(1, 4, 8), {"scale": 1.0})
+        shared_inputs(block, dict(block.named_children()), torch.randn(1, 4, 8), Call(keywords={"scale": 1.0}))
 
 
 def test_no_linears_no_groups(block: Block) -> None:
-    assert shared_inputs(block, {}, torch.randn(1, 4, 8), {"scale": 1.0}) == []
+    assert shared_inputs(block, {}, torch.randn(1, 4, 8), Call(keywords={"scale": 1.0})) == []
 
 
 def test_hessian_is_the_mean_of_outer_products(block: Block, linears: dict[str, nn.Linear]) -> None:
@@ -108,7 +109,7 @@ def test_activations_that_are_not_finite_are_named(value: float, block: Block, l
 def test_advance_replaces_inputs_by_outputs(block: Block) -> None:
     hidden = torch.randn(300, 100, 8)
     expected = block(hidden, scale=0.5)[0]
-    advance(block, hidden, {"scale": 0.5}, torch.device("cpu"))
+    advance(block, hidden, Call(keywords={"scale": 0.5}), torch.device("cpu"))
     torch.testing.assert_close(hidden, expected)
 
 
@@ -127,11 +128,11 @@ def test_streamed_parts_compute_what_the_whole_model_does(family: str, tmp_path:
     with torch.no_grad():
         found = model(tokens, output_hidden_states=True)
     streamed = open_streamed(open_checkpoint(folder), cpu, torch.float32)
-    hidden, arguments = streamed.first_inputs(tokens)
+    hidden, calls = streamed.first_inputs(tokens)
     torch.testing.assert_close(hidden, found.hidden_states[0])
-    advance(streamed.load_block(0), hidden, arguments[0], cpu)
+    advance(streamed.load_block(0), hidden, calls[0], cpu)
     torch.testing.assert_close(hidden, found.hidden_states[1])
-    advance(streamed.load_block(1), hidden, arguments[1], cpu)
+    advance(streamed.load_block(1), hidden, calls[1], cpu)
     torch.testing.assert_close(streamed.load_head()(tokens, hidden), found.logits)
     if not family.endswith("tied"):
         other = hidden.flip(0)

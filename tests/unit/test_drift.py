@@ -21,6 +21,7 @@ from transformers import (
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline import QuantizeOptions, pipeline, quantize
 from vllm_babai.offline.model import capture, walk
+from vllm_babai.offline.model.call import Call
 from vllm_babai.offline.model.capture import Seen, added_linears, moments, seen_by
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.dense import load_dense
@@ -154,8 +155,8 @@ def test_what_a_linear_sees(name: str, generator: torch.Generator) -> None:
     inputs = {"out": hidden, "up": after, "down": torch.relu(block.up(after))}[name]
     before = hidden.clone()
     linears = {name: block.get_submodule(name)}
-    added = added_linears(block, linears, hidden, {})
-    found = list(seen_by(block, linears, hidden, {}, added))
+    added = added_linears(block, linears, hidden, Call())
+    found = list(seen_by(block, linears, hidden, Call(), added))
     batches = [seen[name] for seen in found]
     assert len(batches) > 1
     assert [i for seen in batches for i in range(50)[seen.window]] == list(range(50))
@@ -166,7 +167,7 @@ def test_what_a_linear_sees(name: str, generator: torch.Generator) -> None:
     else:
         assert streams == [None] * len(batches)
     torch.testing.assert_close(hidden, before, rtol=0, atol=0)
-    expected = moments(seen_by(block, linears, hidden, {}), None, {name: None})[name]
+    expected = moments(seen_by(block, linears, hidden, Call()), None, {name: None})[name]
     assert expected.drift is None
     torch.testing.assert_close(moments(found, found, {name: None})[name].hessian, expected.hessian)
 
@@ -176,10 +177,10 @@ def test_several_linears_seen_in_one_pass_are_those_seen_alone() -> None:
     torch.manual_seed(0)
     block, hidden = Twice().requires_grad_(False), torch.randn(3, 10, 8)
     linears = {name: block.get_submodule(name) for name in ("down", "again")}
-    assert added_linears(block, linears, hidden, {}) == linears.keys()
-    (together,) = seen_by(block, linears, hidden, {}, linears.keys())
+    assert added_linears(block, linears, hidden, Call()) == linears.keys()
+    (together,) = seen_by(block, linears, hidden, Call(), linears.keys())
     for name, linear in linears.items():
-        (alone,) = seen_by(block, {name: linear}, hidden, {}, {name})
+        (alone,) = seen_by(block, {name: linear}, hidden, Call(), {name})
         torch.testing.assert_close(together[name].inputs, alone[name].inputs, rtol=0, atol=0)
         torch.testing.assert_close(together[name].stream, alone[name].stream, rtol=0, atol=0)
 
@@ -210,13 +211,13 @@ FAMILIES = {
 def test_linears_that_are_added_to_the_residual_stream(family: str, tmp_path: Path, save_random_model: Any) -> None:
     config, expected = FAMILIES[family]
     streamed = open_streamed(open_checkpoint(save_random_model(config, tmp_path)), torch.device("cpu"), torch.float32)
-    hidden, arguments = streamed.first_inputs(torch.arange(40).view(2, 20))
+    hidden, calls = streamed.first_inputs(torch.arange(40).view(2, 20))
     block = streamed.load_block(0)
     found = {}
-    for name in streamed.linears(0):
+    for name in streamed.linears("model.layers.0"):
         linear = block.get_submodule(name.removeprefix("model.layers.0."))
-        added = added_linears(block, {name: linear}, hidden, arguments[0])
-        (seen,) = seen_by(block, {name: linear}, hidden, arguments[0], added)
+        added = added_linears(block, {name: linear}, hidden, calls[0])
+        (seen,) = seen_by(block, {name: linear}, hidden, calls[0], added)
         found[name.rpartition(".")[2]] = seen[name].stream
     assert {name for name, stream in found.items() if stream is not None} == expected
     if expected:

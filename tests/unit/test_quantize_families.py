@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from vllm_babai.format import SSQR, CheckpointConfig
-from vllm_babai.offline import QuantizationError, QuantizeOptions, pipeline, quantize
+from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
+from vllm_babai.offline.model import walk
 from vllm_babai.offline.model.calibration import calibration_tokens
 from vllm_babai.offline.model.dense import load_dense
 
@@ -129,8 +130,8 @@ def test_every_linear_sees_what_the_quantized_ones_before_it_put_out(
         seen.append(hessian)
         return factorize(hessian, order, damping)
 
-    factorize = pipeline.factorize
-    monkeypatch.setattr(pipeline, "factorize", spy)
+    factorize = walk.factorize
+    monkeypatch.setattr(walk, "factorize", spy)
     source = save_random_model(FAMILIES[family][0], tmp_path / "source")
     out = quantize(source, tmp_path / "out", options(short_text, bits=2, sensitivity=False))
     quantized, _ = with_decoded_weights(source, out)

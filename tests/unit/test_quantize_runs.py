@@ -226,7 +226,7 @@ def test_folders_that_hold_no_model_are_named(source: Path, options: QuantizeOpt
 
 def test_a_quantized_model_is_refused(source: Path, options: QuantizeOptions, tmp_path: Path) -> None:
     out = quantize(source, tmp_path / "out", options)
-    with pytest.raises(QuantizationError, match="is already quantized; start from the original weights"):
+    with pytest.raises(QuantizationError, match="is already quantized \(babai\); start from the original weights"):
         quantize(out, tmp_path / "again", options)
 
 

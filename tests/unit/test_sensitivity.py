@@ -24,14 +24,14 @@ def folder(save_random_llama: Callable[..., Path], tmp_path_factory: pytest.Temp
 def test_gradients_are_those_of_the_whole_model(folder: Path, tmp_path: Path) -> None:
     tokens = torch.randint(4096, (3, 16), generator=torch.Generator().manual_seed(1))
     streamed = open_streamed(open_checkpoint(folder), torch.device("cpu"), torch.float32)
-    hidden, arguments = streamed.first_inputs(tokens)
+    hidden, calls = streamed.first_inputs(tokens)
     before = hidden.clone()
-    sensitivity = measure_sensitivity(streamed, Inputs(tokens, hidden, arguments), 7, tmp_path)
+    sensitivity = measure_sensitivity(streamed, Inputs(tokens, hidden, calls), 7, tmp_path)
     assert torch.equal(hidden, before)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     gradients: dict[str, list[torch.Tensor]] = {}
-    linears = [n for i in range(3) for n in streamed.linears(i)]
+    linears = [n for name in streamed.block_names for n in streamed.linears(name)]
     for name in linears:
         model.get_submodule(name).register_full_backward_hook(
             lambda _, __, by_output, name=name: gradients.setdefault(name, []).append(by_output[0][0])

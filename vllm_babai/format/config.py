@@ -31,6 +31,8 @@ class CheckpointConfig:
     format: name in `format.FORMATS`. bits, group_size: scheme of every linear that `overrides` does not name.
     ignore: full names of linears stored as they were. overrides: full name of a linear → fields of its LayerScheme.
     residency: of HPTQ while it is served: `packed`, dense + sparse, or `coded`, decoded by every matmul.
+    scope: full names of the modules, decoder blocks, in which linears are quantized; those outside of them are not,
+    unless `overrides` names them. None, as in older checkpoints: the whole model.
     """
 
     format: str
@@ -39,6 +41,13 @@ class CheckpointConfig:
     ignore: list[str] = field(default_factory=list)
     overrides: dict[str, dict[str, int]] = field(default_factory=dict)
     residency: str = "packed"
+    scope: list[str] | None = None
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the linear called `name` is quantized."""
+        if name in self.ignore:
+            return False
+        return self.scope is None or name in self.overrides or name.startswith(tuple(f"{each}." for each in self.scope))
 
     def scheme(self, name: str) -> LayerScheme:
         """How the linear called `name` is stored."""

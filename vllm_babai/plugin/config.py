@@ -85,6 +85,7 @@ class BabaiConfig(QuantizationConfig):
             self.checkpoint,
             ignore=hf_to_vllm_mapper.apply_list(self.checkpoint.ignore),
             overrides=hf_to_vllm_mapper.apply_dict(self.checkpoint.overrides),
+            scope=None if self.checkpoint.scope is None else hf_to_vllm_mapper.apply_list(self.checkpoint.scope),
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -117,7 +118,7 @@ class BabaiConfig(QuantizationConfig):
 
     def _common_scheme(self, prefix: str, names: list[str]) -> LayerScheme | None:
         """Scheme of linears that are fused; None when they are not quantized."""
-        schemes = [None if name in self.checkpoint.ignore else self.checkpoint.scheme(name) for name in names]
+        schemes = [self.checkpoint.scheme(name) if self.checkpoint.is_quantized(name) else None for name in names]
         if len(set(schemes)) > 1:
             listing = ", ".join(
                 f"{name}: {scheme or 'not quantized'}" for name, scheme in zip(names, schemes, strict=True)
