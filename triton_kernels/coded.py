@@ -5,6 +5,8 @@ sums its own products, and the lanes are added up at the end of a row. Segments 
 PyTorch adds in a fixed order: no atomics, the same result every time.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,10 +14,17 @@ from torch import Tensor
 
 from vllm_babai.ops.coded import CodedTensors, multiply_decoded
 from vllm_babai.triton_kernels.configs import Target
-from vllm_babai.triton_kernels.entropy import WARP, decode, decode_step, load_segment
+from vllm_babai.triton_kernels.entropy import WARP, Streams, decode, decode_step, load_segment, load_states
 
 MAX_TOKENS = 4  # of the fused kernel: what a lane loads at once
 COMPILED_FOR = (1, 2, MAX_TOKENS, MAX_TOKENS + 1)
+
+
+class Shape(NamedTuple):
+    """Sizes of a coded matrix, or of the window of it that is held."""
+
+    rows: int
+    columns: int
 
 
 def multiply_coded(x: Tensor, coded: CodedTensors) -> Tensor:
@@ -39,13 +48,11 @@ def _multiply_fused(x: Tensor, coded: CodedTensors) -> Tensor:
     by_column = torch.nn.functional.pad(x.float(), (0, 0, 0, tokens - len(x))).t().contiguous()
     partial = torch.zeros(coded.across, rows, tokens, dtype=torch.float32, device=x.device)
     multiply_kernel[(len(coded.segments),)](
-        *coded.tensors,
+        Streams(*coded.tensors),
         by_column,
         partial,
-        rows,
-        columns,
+        Shape(rows, columns),
         groups,
-        columns // groups,
         TOKENS=tokens,
         GROUPED=groups > 1,
         BACKEND=Target.of(x.device).backend,
@@ -54,47 +61,44 @@ def _multiply_fused(x: Tensor, coded: CodedTensors) -> Tensor:
     return partial.sum(0)[:, : len(x)].t()
 
 
-@triton.jit(do_not_specialize=["groups", "group_size"])
+@triton.jit(do_not_specialize=["groups"])
 def multiply_kernel(
-    words_ptr,
-    segments_ptr,
-    states_ptr,
-    row_class_ptr,
-    column_class_ptr,
-    table_ptr,
-    scales_ptr,
-    x_ptr,  # [columns, TOKENS]
-    partial_ptr,  # [segments side by side, rows, TOKENS]
-    all_rows,
-    columns,
+    streams,
+    x_ptr,
+    partial_ptr,
+    shape,
     groups,
-    group_size,
     TOKENS: tl.constexpr,
     GROUPED: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
-    """Decode one segment and multiply it with its columns of x."""
-    stream, state, rows, tile, code = load_segment(words_ptr, segments_ptr, states_ptr, tl.program_id(0))
+    """Decode one segment and multiply it with its columns of x.
+
+    streams: `Streams`. x_ptr: fp32 [columns, TOKENS]. partial_ptr: fp32 [segments side by side, rows, TOKENS], of which
+    a segment writes its own rows. shape: `Shape`. groups: scales of a row. Grid: [segments].
+    """
+    segment = load_segment(streams, tl.program_id(0))
+    state = load_states(streams, tl.program_id(0))
     lane = tl.arange(0, WARP)
     token = tl.arange(0, TOKENS)
     position = tl.zeros_like(lane)
-    for row in range(rows[0], rows[1]):
-        row_class = tl.load(row_class_ptr + row).to(tl.int32)
+    group_size = shape.columns // groups
+    for row in range(segment.first_row, segment.last_row):
+        row_class = tl.load(streams.row_class + row).to(tl.int32)
         total = tl.zeros((WARP, TOKENS), tl.float32)
-        for start in range(0, tile[1], code[0]):
-            inside = lane < tl.minimum(tile[1] - start, code[0])
-            context = row_class + tl.load(column_class_ptr + tile[2] + start + lane, mask=inside, other=0).to(tl.int32)
-            integer, state, position = decode_step(
-                stream, state, position, table_ptr, context, inside, lane, code, BACKEND
-            )
-            column = tile[0] + start + lane
-            held = inside & (column >= 0) & (column < columns)
+        for start in range(0, segment.columns, segment.lanes):
+            inside = lane < tl.minimum(segment.columns - start, segment.lanes)
+            class_ptrs = streams.column_class + segment.classes + start + lane
+            context = row_class + tl.load(class_ptrs, mask=inside, other=0).to(tl.int32)
+            integer, state, position = decode_step(segment, state, position, streams.table, context, inside, BACKEND)
+            column = segment.column + start + lane
+            held = inside & (column >= 0) & (column < shape.columns)
             value = integer.to(tl.float32)
             if GROUPED:
-                value *= tl.load(scales_ptr + row * groups + column // group_size, mask=held, other=0.0)
+                value *= tl.load(streams.scales + row * groups + column // group_size, mask=held, other=0.0)
             x = tl.load(x_ptr + column[:, None] * TOKENS + token[None, :], mask=held[:, None], other=0.0)
             total += value[:, None] * x
         y = tl.sum(total, 0)
         if not GROUPED:
-            y *= tl.load(scales_ptr + row * groups)
-        tl.store(partial_ptr + (tile[3] * all_rows + row) * TOKENS + token, y)
+            y *= tl.load(streams.scales + row * groups)
+        tl.store(partial_ptr + (segment.left * shape.rows + row) * TOKENS + token, y)

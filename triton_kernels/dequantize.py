@@ -5,6 +5,7 @@ linears; very large ones, an lm_head say, are multiplied in parts.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from vllm_babai.format import integer_range
 from vllm_babai.ops.layout import DeviceLayout
+from vllm_babai.triton_kernels.arguments import UNITS, arguments
 from vllm_babai.triton_kernels.layout import TILE_ROWS, Geometry
 from vllm_babai.triton_kernels.overflow import load_entry
 from vllm_babai.triton_kernels.unpack import load_words, round_to, unpack_slot
@@ -20,80 +22,86 @@ from vllm_babai.triton_kernels.unpack import load_words, round_to, unpack_slot
 WORKSPACE = 1 << 27  # weights
 
 
+class Form(NamedTuple):
+    """Compile-time constants of both kernels.
+
+    bits: of a weight in the dense part. low, high: ends of the dense range. block_columns, words: of a column block.
+    grouped: a row has several scales. backend: of `Target`.
+    """
+
+    bits: int
+    low: int
+    high: int
+    block_columns: int
+    words: int
+    grouped: bool
+    backend: str
+
+
 @triton.jit(do_not_specialize=["first_tile"])
-def dense_kernel(
-    dense_ptr,
-    scales_ptr,
-    weight_ptr,  # [rows from tile `first_tile` on, k]
-    first_tile,
-    n,
-    k,
-    padded_rows,
-    column_blocks,
-    group_size,
-    BITS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    GROUPED: tl.constexpr,
-    BACKEND: tl.constexpr,
-):
-    """Dequantize one column block of one row tile; row n is the first that there is not."""
-    WORDS: tl.constexpr = BLOCK_COLUMNS * BITS // 512
-    tile_rows = tl.arange(0, 64)
+def dense_kernel(layer, weight_ptr, first_tile, sizes, FORM: tl.constexpr):
+    """Dequantize one column block of one row tile.
+
+    layer: `Layer`. sizes: `Sizes`. weight_ptr: [rows from row tile `first_tile` on, k].
+    Grid: [column blocks, row tiles].
+    """
+    WORDS: tl.constexpr = FORM.words
+    ROWS: tl.constexpr = UNITS.value.tile_rows
+    PAIRS: tl.constexpr = UNITS.value.pairs
+    COLUMNS: tl.constexpr = UNITS.value.slot
+    TILE_WORDS: tl.constexpr = ROWS * PAIRS
+    BLOCK_COLUMNS: tl.constexpr = FORM.block_columns
+    tile_rows = tl.arange(0, ROWS)
     block = tl.program_id(0)
     row_tile = first_tile + tl.program_id(1)
-    rows = row_tile * 64 + tile_rows
-    tile = row_tile * column_blocks + block
-    words = load_words(
-        dense_ptr + tile * (WORDS * 1024) + tile_rows[:, None] * 16 + tl.arange(0, 16)[None, :], WORDS, 1024
-    )
-    row_ptrs = weight_ptr + (tl.program_id(1) * 64 + tile_rows).to(tl.int64)[:, None] * k
-    for slot in tl.static_range(BLOCK_COLUMNS // 32):
-        column = block * BLOCK_COLUMNS + slot * 32
-        group = tl.minimum(column, k - 1) // group_size if GROUPED else 0  # padding has no group of its own
-        scale = tl.load(scales_ptr + group * padded_rows + rows).to(tl.float32)
-        value = unpack_slot(words, slot, BITS, tl.bfloat16, BACKEND).to(tl.float32) * scale[:, None]
-        columns = column + tl.arange(0, 32)[None, :]
-        value = round_to(value, weight_ptr.dtype.element_ty, BACKEND)
-        tl.store(row_ptrs + columns, value, mask=(rows[:, None] < n) & (columns < k))
+    rows = row_tile * ROWS + tile_rows
+    tile = row_tile * tl.cdiv(sizes.k, BLOCK_COLUMNS) + block
+    word_ptrs = layer.dense + tile * (WORDS * TILE_WORDS) + tile_rows[:, None] * PAIRS + tl.arange(0, PAIRS)[None, :]
+    words = load_words(word_ptrs, WORDS, TILE_WORDS)
+    row_ptrs = weight_ptr + (tl.program_id(1) * ROWS + tile_rows).to(tl.int64)[:, None] * sizes.k
+    for slot in tl.static_range(BLOCK_COLUMNS // COLUMNS):
+        column = block * BLOCK_COLUMNS + slot * COLUMNS
+        # padding has no group of its own
+        group = tl.minimum(column, sizes.k - 1) // sizes.group_size if FORM.grouped else 0
+        scale = tl.load(layer.scales + group * sizes.padded_rows + rows).to(tl.float32)
+        value = unpack_slot(words, slot, FORM.bits, tl.bfloat16, FORM.backend).to(tl.float32) * scale[:, None]
+        columns = column + tl.arange(0, COLUMNS)[None, :]
+        value = round_to(value, weight_ptr.dtype.element_ty, FORM.backend)
+        tl.store(row_ptrs + columns, value, mask=(rows[:, None] < sizes.n) & (columns < sizes.k))
 
 
 @triton.jit(do_not_specialize=["first_tile"])
-def overflow_kernel(
-    scales_ptr,
-    entries_ptr,
-    starts_ptr,
-    weight_ptr,  # [rows from tile `first_tile` on, k]
-    first_tile,
-    k,
-    padded_rows,
-    group_size,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    GROUPED: tl.constexpr,
-    BACKEND: tl.constexpr,
-):
-    """Write the overflowing weights of one segment of a row tile; a row belongs to one thread, entry after entry.
+def overflow_kernel(layer, weight_ptr, first_tile, sizes, FORM: tl.constexpr):
+    """Write the overflowing weights of one panel of a row tile; a row belongs to one thread, entry after entry.
 
     An entry says by its sign at which end of the dense range the weight lies; further entries of the column add to it.
+    Arguments as of `dense_kernel`. Grid: [row tiles, panels].
     """
-    segment = tl.program_id(1)
-    tile_rows = tl.arange(0, 64)
-    rows = (first_tile + tl.program_id(0)) * 64 + tile_rows
-    index = tl.load(starts_ptr + segment * padded_rows + rows)
-    end = tl.load(starts_ptr + segment * padded_rows + rows + 1)
-    row_ptrs = weight_ptr + (tl.program_id(0) * 64 + tile_rows).to(tl.int64) * k
-    previous = tl.full((64,), -1, tl.int32)
-    total = tl.zeros((64,), tl.int32)
+    ROWS: tl.constexpr = UNITS.value.tile_rows
+    panel = tl.program_id(1)
+    tile_rows = tl.arange(0, ROWS)
+    rows = (first_tile + tl.program_id(0)) * ROWS + tile_rows
+    index = tl.load(layer.starts + panel * sizes.padded_rows + rows)
+    end = tl.load(layer.starts + panel * sizes.padded_rows + rows + 1)
+    row_ptrs = weight_ptr + (tl.program_id(0) * ROWS + tile_rows).to(tl.int64) * sizes.k
+    previous = tl.full((ROWS,), -1, tl.int32)
+    total = tl.zeros((ROWS,), tl.int32)
     for _ in range(tl.max(end - index, 0)):
         inside = index < end
-        excess, column = load_entry(entries_ptr, index, inside, segment)
-        total = tl.where(column == previous, total, tl.where(excess > 0, HIGH, LOW)) + excess
-        group = column // group_size if GROUPED else 0
-        scale = tl.load(scales_ptr + group * padded_rows + rows, mask=inside, other=0.0).to(tl.float32)
-        value = round_to(total.to(tl.float32) * scale, weight_ptr.dtype.element_ty, BACKEND)
+        excess, column = load_entry(layer.entries, index, inside, panel)
+        total = tl.where(column == previous, total, tl.where(excess > 0, FORM.high, FORM.low)) + excess
+        group = column // sizes.group_size if FORM.grouped else 0
+        scale = tl.load(layer.scales + group * sizes.padded_rows + rows, mask=inside, other=0.0).to(tl.float32)
+        value = round_to(total.to(tl.float32) * scale, weight_ptr.dtype.element_ty, FORM.backend)
         tl.store(row_ptrs + column, value, mask=inside)
         previous = column
         index += 1
+
+
+def dequantize_form(geometry: Geometry, groups: int, backend: str) -> Form:
+    """Compile-time constants for a layer of `groups` scales a row."""
+    low, high = integer_range(geometry.bits)
+    return Form(geometry.bits, low, high, geometry.block_columns, geometry.words, groups > 1, backend)
 
 
 def dequantize(layout: DeviceLayout, geometry: Geometry, dtype: torch.dtype, backend: str) -> Tensor:
@@ -103,47 +111,20 @@ def dequantize(layout: DeviceLayout, geometry: Geometry, dtype: torch.dtype, bac
 
 def dequantized_parts(layout: DeviceLayout, geometry: Geometry, dtype: torch.dtype, backend: str) -> Iterator[Tensor]:
     """The weight as `dequantize` makes it, in parts [rows, in_features] of WORKSPACE weights at most, or of a tile."""
-    n, k = geometry.out_features, geometry.in_features
-    groups = layout.scales.shape[0]
-    tiles = -(-n // TILE_ROWS)
-    step = max(1, WORKSPACE // (TILE_ROWS * k))
+    layer, sizes = arguments(layout, geometry)
+    form = dequantize_form(geometry, len(layout.scales), backend)
+    tiles = -(-sizes.n // TILE_ROWS)
+    step = max(1, WORKSPACE // (TILE_ROWS * sizes.k))
     for first in range(0, tiles, step):
         count = min(step, tiles - first)
-        weight = torch.empty(min(n - first * TILE_ROWS, count * TILE_ROWS), k, dtype=dtype, device=layout.dense.device)
+        rows = min(sizes.n - first * TILE_ROWS, count * TILE_ROWS)
+        weight = torch.empty(rows, sizes.k, dtype=dtype, device=layout.dense.device)
         dense_kernel[(geometry.column_blocks, count)](
-            layout.dense,
-            layout.scales,
-            weight,
-            first,
-            n,
-            k,
-            geometry.padded_rows,
-            geometry.column_blocks,
-            k // groups,
-            BITS=geometry.bits,
-            BLOCK_COLUMNS=geometry.block_columns,
-            GROUPED=groups > 1,
-            BACKEND=backend,
-            num_warps=4,
-            enable_fp_fusion=True,
+            layer, weight, first, sizes, FORM=form, num_warps=4, enable_fp_fusion=True
         )
         if layout.entries.numel():
-            low, high = integer_range(geometry.bits)
-            overflow_kernel[(count, geometry.segments)](
-                layout.scales,
-                layout.entries,
-                layout.offsets[geometry.starts :],
-                weight,
-                first,
-                k,
-                geometry.padded_rows,
-                k // groups,
-                LOW=low,
-                HIGH=high,
-                GROUPED=groups > 1,
-                BACKEND=backend,
-                num_warps=2,
-                enable_fp_fusion=True,
+            overflow_kernel[(count, geometry.panels)](
+                layer, weight, first, sizes, FORM=form, num_warps=2, enable_fp_fusion=True
             )
         yield weight
 

@@ -4,6 +4,9 @@ See `vllm_babai.format.entropy.rans` for the code. Lanes that take words from th
 counting the lanes before them: a vote and a population count on NVIDIA, a prefix sum elsewhere.
 """
 
+from collections import namedtuple
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,11 +19,43 @@ from vllm_babai.triton_kernels.configs import Target
 from vllm_babai.triton_kernels.unpack import round_to
 
 _PRECISION = tl.constexpr(PRECISION)
-_FIELD = tl.constexpr((1 << PRECISION) - 1)
 _CENTRE = tl.constexpr(CENTRE)
 _ESCAPE = tl.constexpr(ESCAPE)
-_FIELDS = tl.constexpr(len(FIELDS))
 WARP = tl.constexpr(32)
+WORD_BITS = tl.constexpr(16)  # of a word of a stream; a state has twice as many
+RECORD = tl.constexpr(namedtuple("Record", FIELDS)(*range(len(FIELDS))))  # where each field of a segment is
+
+
+class Streams(NamedTuple):
+    """Pointers to a coded layer, as `CodedTensors` says."""
+
+    words: Tensor
+    segments: Tensor
+    states: Tensor
+    row_class: Tensor
+    column_class: Tensor
+    table: Tensor
+    scales: Tensor
+
+
+class Segment(NamedTuple):
+    """One segment, see `vllm_babai.format.entropy.segments`, as scalars of a kernel.
+
+    stream: pointer to its words. first_row, last_row: its rows, the last one not included. column: its first one.
+    columns: how many. classes: index of the first column's class. left: segments left of it. lanes, shift: of its code.
+    smallest: integer of symbol 0.
+    """
+
+    stream: Any
+    first_row: Any
+    last_row: Any
+    column: Any
+    columns: Any
+    classes: Any
+    left: Any
+    lanes: Any
+    shift: Any
+    smallest: Any
 
 
 def decode(coded: CodedTensors, out: Tensor) -> Tensor:
@@ -32,11 +67,10 @@ def decode(coded: CodedTensors, out: Tensor) -> Tensor:
         raise TypeError(f"can decode to int16 or to a floating type, not to {out.dtype}")
     groups = coded.scales.shape[1]
     decode_kernel[(len(coded.segments),)](
-        *coded.tensors,
+        Streams(*coded.tensors),
         out,
         columns,
         groups,
-        columns // groups,
         DEQUANTIZE=out.is_floating_point(),
         GROUPED=groups > 1,
         BACKEND=Target.of(out.device).backend,
@@ -45,43 +79,35 @@ def decode(coded: CodedTensors, out: Tensor) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["groups", "group_size"])
+@triton.jit(do_not_specialize=["groups"])
 def decode_kernel(
-    words_ptr,
-    segments_ptr,
-    states_ptr,
-    row_class_ptr,
-    column_class_ptr,
-    table_ptr,
-    scales_ptr,
-    out_ptr,  # [rows, columns]
-    columns,
-    groups,
-    group_size,
-    DEQUANTIZE: tl.constexpr,
-    GROUPED: tl.constexpr,
-    BACKEND: tl.constexpr,
+    streams, out_ptr, columns, groups, DEQUANTIZE: tl.constexpr, GROUPED: tl.constexpr, BACKEND: tl.constexpr
 ):
-    """Decode one segment."""
-    stream, state, rows, tile, code = load_segment(words_ptr, segments_ptr, states_ptr, tl.program_id(0))
+    """Decode one segment.
+
+    streams: `Streams`. out_ptr: [rows, columns]. groups: scales of a row. DEQUANTIZE: write S ∘ Z, else integers.
+    GROUPED: there are several groups. Grid: [segments].
+    """
+    segment = load_segment(streams, tl.program_id(0))
+    state = load_states(streams, tl.program_id(0))
     lane = tl.arange(0, WARP)
     position = tl.zeros_like(lane)
-    out_row = out_ptr + rows[0].to(tl.int64) * columns
-    for row in range(rows[0], rows[1]):
-        row_class = tl.load(row_class_ptr + row).to(tl.int32)
+    group_size = columns // groups
+    out_row = out_ptr + segment.first_row.to(tl.int64) * columns
+    for row in range(segment.first_row, segment.last_row):
+        row_class = tl.load(streams.row_class + row).to(tl.int32)
         if not GROUPED:
-            scale = tl.load(scales_ptr + row * groups)
-        for start in range(0, tile[1], code[0]):
-            inside = lane < tl.minimum(tile[1] - start, code[0])
-            context = row_class + tl.load(column_class_ptr + tile[2] + start + lane, mask=inside, other=0).to(tl.int32)
-            integer, state, position = decode_step(
-                stream, state, position, table_ptr, context, inside, lane, code, BACKEND
-            )
-            column = tile[0] + start + lane
+            scale = tl.load(streams.scales + row * groups)
+        for start in range(0, segment.columns, segment.lanes):
+            inside = lane < tl.minimum(segment.columns - start, segment.lanes)
+            class_ptrs = streams.column_class + segment.classes + start + lane
+            context = row_class + tl.load(class_ptrs, mask=inside, other=0).to(tl.int32)
+            integer, state, position = decode_step(segment, state, position, streams.table, context, inside, BACKEND)
+            column = segment.column + start + lane
             held = inside & (column >= 0) & (column < columns)
             if DEQUANTIZE:
                 if GROUPED:
-                    scale = tl.load(scales_ptr + row * groups + column // group_size, mask=held, other=0)
+                    scale = tl.load(streams.scales + row * groups + column // group_size, mask=held, other=0)
                 value = round_to(integer.to(tl.float32) * scale, out_ptr.dtype.element_ty, BACKEND)
                 tl.store(out_row + column, value, mask=held)
             else:
@@ -90,46 +116,55 @@ def decode_kernel(
 
 
 @triton.jit
-def load_segment(words_ptr, segments_ptr, states_ptr, index):
-    """A segment, see `vllm_babai.format.entropy.segments`.
-
-    Its stream; state of every lane, uint32; (first row, row behind the last); (first column, columns, where the first
-    one's class is, segments to the left); (lanes, shift, integer of symbol 0).
-    """
-    field = segments_ptr + index.to(tl.int64) * _FIELDS
-    stream = words_ptr + tl.load(field)
-    state = tl.load(states_ptr + index.to(tl.int64) * WARP + tl.arange(0, WARP)).to(tl.uint32, bitcast=True)
-    row = tl.load(field + 1)
-    rows = (row, row + tl.load(field + 2))
-    tile = (tl.load(field + 3), tl.load(field + 4), tl.load(field + 5), tl.load(field + 6))
-    shift = tl.load(field + 8)
-    code = (tl.load(field + 7), shift, tl.load(field + 9) - (_CENTRE << shift))
-    return stream, state, rows, tile, code
+def load_segment(streams, index):
+    """The `Segment` of this index."""
+    record = streams.segments + index.to(tl.int64) * len(RECORD.value)
+    row = tl.load(record + RECORD.value.row)
+    shift = tl.load(record + RECORD.value.shift)
+    return Segment(
+        streams.words + tl.load(record + RECORD.value.word),
+        row,
+        row + tl.load(record + RECORD.value.rows),
+        tl.load(record + RECORD.value.column),
+        tl.load(record + RECORD.value.columns),
+        tl.load(record + RECORD.value.classes),
+        tl.load(record + RECORD.value.left),
+        tl.load(record + RECORD.value.lanes),
+        shift,
+        tl.load(record + RECORD.value.offset) - (_CENTRE << shift),
+    )
 
 
 @triton.jit
-def decode_step(stream, state, position, table_ptr, context, inside, lane, code, BACKEND: tl.constexpr):
+def load_states(streams, index):
+    """The state of every lane before a segment, uint32 [32]."""
+    pointers = streams.states + index.to(tl.int64) * WARP + tl.arange(0, WARP)
+    return tl.load(pointers).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def decode_step(segment, state, position, table_ptr, context, inside, BACKEND: tl.constexpr):
     """Decode one integer in every lane that is inside: the integers, int32, and the new states and position.
 
-    code: see `load_segment`.
+    state, position, context, inside: [32], of every lane; position: words taken from the stream so far.
     """
-    shift = code[1]
-    slot = ((state >> shift) & _FIELD).to(tl.int32)
+    FIELD: tl.constexpr = (1 << _PRECISION.value) - 1
+    slot = ((state >> segment.shift) & FIELD).to(tl.int32)
     entry = tl.load(table_ptr + (context << _PRECISION) + slot).to(tl.uint32, bitcast=True)
-    symbol = (entry >> 24).to(tl.int32)
-    low = state.to(tl.int32, bitcast=True) & ((1 << shift) - 1)
-    left = ((entry & _FIELD) + 1) * (state >> (_PRECISION + shift))
-    left += (entry >> _PRECISION) & _FIELD
+    symbol = (entry >> (2 * _PRECISION.value)).to(tl.int32)
+    low = state.to(tl.int32, bitcast=True) & ((1 << segment.shift) - 1)
+    left = ((entry & FIELD) + 1) * (state >> (_PRECISION + segment.shift))
+    left += (entry >> _PRECISION) & FIELD
 
-    needs_word = inside & (left < 65536)
+    needs_word = inside & (left < (1 << WORD_BITS.value))
     escapes = inside & (symbol == _ESCAPE)
-    words_before, words_taken = count_lanes(needs_word, lane, BACKEND)
-    escapes_before, escapes_taken = count_lanes(escapes, lane, BACKEND)
-    at = stream + position + words_before + escapes_before
-    refilled = left << 16 | load_word(at, needs_word)
+    words_before, words_taken = count_lanes(needs_word, BACKEND)
+    escapes_before, escapes_taken = count_lanes(escapes, BACKEND)
+    at = segment.stream + position + words_before + escapes_before
+    refilled = left << WORD_BITS | load_word(at, needs_word)
     literal = load_word(at + needs_word.to(tl.int32), escapes).to(tl.int16).to(tl.int32)
     state = tl.where(inside, tl.where(needs_word, refilled, left), state)
-    integer = tl.where(escapes, literal, (symbol << shift) + low + code[2])
+    integer = tl.where(escapes, literal, (symbol << segment.shift) + low + segment.smallest)
     return integer, state, position + words_taken + escapes_taken
 
 
@@ -140,7 +175,7 @@ def load_word(pointer, mask):
 
 
 @triton.jit
-def count_lanes(flag, lane, BACKEND: tl.constexpr):
+def count_lanes(flag, BACKEND: tl.constexpr):
     """How many lanes before each have the flag set, and how many of all: two int32 [32]."""
     if BACKEND == "cuda":  # lane and thread are the same
         flags = tl.inline_asm_elementwise(
@@ -151,7 +186,7 @@ def count_lanes(flag, lane, BACKEND: tl.constexpr):
             is_pure=False,
             pack=1,
         )
-        below = tl.full((WARP,), 1, tl.int32) << lane
+        below = tl.full((WARP,), 1, tl.int32) << tl.arange(0, WARP)
         return population(flags & (below - 1)), population(flags)
     one = flag.to(tl.int32)
     return tl.cumsum(one, 0) - one, tl.sum(one, 0) + tl.zeros_like(one)

@@ -1,14 +1,14 @@
 """y = x Wᵀ for few tokens, straight from the packed weights: dense and overflow part at once.
 
-A program is one share of an output tile [ROWS, BM]: either a run of column blocks of the dense part, or one segment of
-the overflow. Every share is written to a buffer of partial sums, and the program that arrives last at a tile's counter
-adds them up in a fixed order: no output to clear, no float atomics, the same result every time. For several tokens a
-small launch goes before, that transposes x for the overflow part.
+A program is one share of an output tile [rows, tokens]: either a run of column blocks of the dense part, or one panel
+of the overflow. Every share is written to a buffer of partial sums, and the program that arrives last at a tile's
+counter adds them up in a fixed order: no output to clear, no float atomics, the same result every time. For several
+tokens a small launch goes before, that transposes x for the overflow part.
 Weights are the wide operand of the matrix product and tokens the narrow one, so that one token wastes little.
 """
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_babai.ops.layout import DeviceLayout
+from vllm_babai.triton_kernels.arguments import UNITS, arguments
 from vllm_babai.triton_kernels.configs import BUCKETS, Config, Target
 from vllm_babai.triton_kernels.layout import SLOT, Geometry
 from vllm_babai.triton_kernels.overflow import overflow_product, overflow_sum
@@ -27,179 +28,193 @@ OVERFLOW_FEATURES = 1 << 14  # that a program's overflow part gathers ahead, at 
 SUM_ELEMENTS = 4096  # partial sums that are loaded at a time, at most
 
 
-@triton.jit(do_not_specialize=["m", "column_blocks", "splits", "segments"])
-def fused_kernel(
-    x_ptr,  # [m, k]
-    xt_ptr,  # [k, m tiles · OVERFLOW_TOKENS]
-    dense_ptr,
-    scales_ptr,
-    entries_ptr,
-    diagonal_ptr,
-    starts_ptr,
-    counters_ptr,
-    partials_ptr,  # fp32 [m tiles, row blocks, shares, BM, ROWS]
-    y_ptr,  # [m, n]
-    m,
-    n,
-    k,
-    padded_rows,
-    column_blocks,
-    group_size,
-    splits,
-    segments,
-    BITS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    FLUSH: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ROWS: tl.constexpr,
-    BM: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-    STORED_M: tl.constexpr,
-    SHARES_STEP: tl.constexpr,
-    OVERFLOW_TOKENS: tl.constexpr,
-    OVERFLOW_STEP: tl.constexpr,
-    OVERFLOW_STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-    STAGES: tl.constexpr,
-    BACKEND: tl.constexpr,
-):
-    row_blocks = padded_rows // ROWS
-    shares = segments + splits
+class Operands(NamedTuple):
+    """Pointers of one call. x: [m, k]. xt: x transposed, [k, token tiles · overflow_tokens]; x again where unused.
+
+    partials: fp32 [token tiles, row blocks, shares, tokens, rows]. y: [m, n].
+    """
+
+    x: Tensor
+    xt: Tensor
+    partials: Tensor
+    y: Tensor
+
+
+class Tiling(NamedTuple):
+    """Compile-time constants of the fused kernel.
+
+    bits: of a weight in the dense part. block_columns, words: of a column block. flush: slots from one change of scale
+    to the next, 0 if a row has one scale. even_k: the column blocks have no padding. rows, tokens: of an output tile.
+    one_tile: of tokens, for every m of this bucket. stored_tokens: tokens of a tile that may exist, the bucket.
+    shares_step: partial sums of an element that are loaded at a time. overflow_tokens, overflow_step, overflow_stages:
+    tokens, entries of a row at a time, and depth of the pipeline, of the overflow part. dependent: may start before the
+    transposition of x has ended. stages: depth of the dense part's pipeline. backend: of `Target`.
+    """
+
+    bits: int
+    block_columns: int
+    words: int
+    flush: int
+    even_k: bool
+    rows: int
+    tokens: int
+    one_tile: bool
+    stored_tokens: int
+    shares_step: int
+    overflow_tokens: int
+    overflow_step: int
+    overflow_stages: int
+    dependent: bool
+    stages: int
+    backend: str
+
+
+@triton.jit(do_not_specialize=["m", "splits", "panels"])
+def fused_kernel(layer, operands, sizes, m, splits, panels, TILING: tl.constexpr):
+    """One share of one output tile; the last to arrive at the tile adds the shares up and writes y.
+
+    layer: `Layer`. operands: `Operands`. sizes: `Sizes`. m: tokens. splits: shares of the dense part. panels: of the
+    overflow, 0 if there is none. TILING: `Tiling`. Grid: [token tiles · row blocks · (panels + splits)].
+    """
+    ROWS: tl.constexpr = TILING.rows
+    TOKENS: tl.constexpr = TILING.tokens
+    row_blocks = sizes.padded_rows // ROWS
+    shares = panels + splits
     tile = tl.program_id(0) // shares  # all shares of a tile are neighbours, so that overflow and dense part overlap
     share = tl.program_id(0) % shares
-    if ONE_TILE:
+    if TILING.one_tile:
         row_block, first_token = tile, 0
     else:
-        row_block, first_token = tile % row_blocks, tile // row_blocks * BM
+        row_block, first_token = tile % row_blocks, tile // row_blocks * TOKENS
     rows = row_block * ROWS + tl.arange(0, ROWS)
     slot, present = tile * shares + share, m - first_token
-    if share >= segments:
+    if share >= panels:
+        column_blocks = tl.cdiv(sizes.k, TILING.block_columns)
         per_split = tl.cdiv(column_blocks, splits)
-        first_block = (share - segments) * per_split
-        last_block = tl.minimum(first_block + per_split, column_blocks)
-        dense = _dense_sum(
-            x_ptr, dense_ptr, scales_ptr, rows, first_token, first_block, last_block, m, k, padded_rows, column_blocks,
-            group_size, BITS, BLOCK_COLUMNS, FLUSH, EVEN_K, ROWS, BM, STAGES, BACKEND,
-        )  # fmt: skip
-        _store_partial(partials_ptr, slot, dense, present, BM)
-    elif STORED_M == 1:
-        overflow = overflow_sum(
-            x_ptr, scales_ptr, entries_ptr, starts_ptr, share, rows, padded_rows, group_size, FLUSH > 0, OVERFLOW_STEP
-        )
-        _store_partial(partials_ptr, slot, overflow, present, BM)
+        first_block = (share - panels) * per_split
+        blocks = (first_block, tl.minimum(first_block + per_split, column_blocks))
+        dense = _dense_sum(layer, operands.x, sizes, m, first_token, rows, blocks, TILING)
+        _store_partial(operands.partials, slot, dense, present, TOKENS)
+    elif TILING.stored_tokens == 1:
+        overflow = overflow_sum(layer, operands.x, sizes, share, rows, TILING.flush > 0, TILING.overflow_step)
+        _store_partial(operands.partials, slot, overflow, present, TOKENS)
     else:
-        if DEPENDENT:
+        if TILING.dependent:
             tl.extra.cuda.gdc_wait()  # for x to be transposed
+        token_stride = tl.cdiv(m, TOKENS) * TILING.overflow_tokens
         overflow = overflow_product(
-            xt_ptr, diagonal_ptr, scales_ptr, entries_ptr, starts_ptr, share, row_block * ROWS, first_token,
-            tl.cdiv(m, BM) * OVERFLOW_TOKENS, padded_rows, group_size, FLUSH > 0, ROWS, OVERFLOW_TOKENS, OVERFLOW_STEP,
-            OVERFLOW_STAGES, BACKEND,
-        )  # fmt: skip
-        _store_partial(partials_ptr, slot, overflow, present, BM)
+            layer, operands.xt, token_stride, sizes, share, row_block * ROWS, first_token, TILING
+        )
+        _store_partial(operands.partials, slot, overflow, present, TOKENS)
 
     tl.debug_barrier()  # all of this program's stores come before its arrival
-    arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
+    arrived = tl.atomic_add(layer.counters + tile, 1, sem="acq_rel")
     if arrived == shares - 1:
-        _sum_shares(
-            partials_ptr, y_ptr, tile * shares, rows, first_token, m, n, shares, ROWS, BM, STORED_M, SHARES_STEP,
-            BACKEND,
-        )  # fmt: skip
-        tl.store(counters_ptr + tile, 0)
+        _sum_shares(operands, sizes, m, first_token, rows, tile * shares, shares, TILING)
+        tl.store(layer.counters + tile, 0)
 
 
 @triton.jit
-def _sum_shares(
-    partials_ptr, y_ptr, first_slot, rows, first_token, m, n, shares, ROWS: tl.constexpr, BM: tl.constexpr,
-    STORED_M: tl.constexpr, SHARES_STEP: tl.constexpr, BACKEND: tl.constexpr,
-):  # fmt: skip
-    """Add up a tile's partial sums, several at once for the sake of latency, and write the output."""
-    tokens = tl.arange(0, STORED_M)
-    inside = (first_token + tokens < m)[:, None] & (rows < n)[None, :]
-    total = tl.zeros((STORED_M, ROWS), tl.float32)
-    for first in range(0, shares, SHARES_STEP):
-        share = first + tl.arange(0, SHARES_STEP)
-        offsets = ((first_slot + share)[:, None] * BM + tokens[None, :]) * ROWS
-        ptrs = partials_ptr + offsets[:, :, None] + tl.arange(0, ROWS)[None, None, :]
+def _sum_shares(operands, sizes, m, first_token, rows, first_slot, shares, TILING: tl.constexpr):
+    """Add up a tile's partial sums, several at once for the sake of latency, and write the output.
+
+    rows: int32 [rows] of the tile. first_slot: of the partial sums, of which `shares` follow each other.
+    """
+    ROWS: tl.constexpr = TILING.rows
+    TOKENS: tl.constexpr = TILING.stored_tokens
+    STEP: tl.constexpr = TILING.shares_step
+    tokens = tl.arange(0, TOKENS)
+    inside = (first_token + tokens < m)[:, None] & (rows < sizes.n)[None, :]
+    total = tl.zeros((TOKENS, ROWS), tl.float32)
+    for first in range(0, shares, STEP):
+        share = first + tl.arange(0, STEP)
+        offsets = ((first_slot + share)[:, None] * TILING.tokens + tokens[None, :]) * ROWS
+        ptrs = operands.partials + offsets[:, :, None] + tl.arange(0, ROWS)[None, None, :]
         mask = (share < shares)[:, None, None] & inside[None, :, :]
         total += tl.sum(tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg"), 0)
-    y_ptrs = y_ptr + (first_token + tokens).to(tl.int64)[:, None] * n + rows[None, :]
-    tl.store(y_ptrs, round_to(total, y_ptr.dtype.element_ty, BACKEND), mask=inside)
+    y_ptrs = operands.y + (first_token + tokens).to(tl.int64)[:, None] * sizes.n + rows[None, :]
+    tl.store(y_ptrs, round_to(total, operands.y.dtype.element_ty, TILING.backend), mask=inside)
 
 
 @triton.jit
-def _dense_sum(
-    x_ptr, dense_ptr, scales_ptr, rows, first_token, first_block, last_block, m, k, padded_rows, column_blocks,
-    group_size, BITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, FLUSH: tl.constexpr, EVEN_K: tl.constexpr,
-    ROWS: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, BACKEND: tl.constexpr,
-):  # fmt: skip
-    """The sum over some column blocks, scaled, fp32 [ROWS, BM]."""
+def _dense_sum(layer, x_ptr, sizes, m, first_token, rows, blocks, TILING: tl.constexpr):
+    """The sum over the column blocks from blocks[0] to before blocks[1], scaled, fp32 [rows, tokens]."""
+    ROWS: tl.constexpr = TILING.rows
+    TOKENS: tl.constexpr = TILING.tokens
+    WORDS: tl.constexpr = TILING.words
+    FLUSH: tl.constexpr = TILING.flush
+    BLOCK_COLUMNS: tl.constexpr = TILING.block_columns
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    WORDS: tl.constexpr = BLOCK_COLUMNS * BITS // 512
-    TILE_WORDS: tl.constexpr = 64 * 16
-    tokens = first_token + tl.arange(0, BM)[None, :]
-    features = tl.arange(0, 32)[:, None]
-    x_ptrs = x_ptr + tokens * k + features
+    TILE_ROWS: tl.constexpr = UNITS.value.tile_rows
+    PAIRS: tl.constexpr = UNITS.value.pairs
+    COLUMNS: tl.constexpr = UNITS.value.slot
+    TILE_WORDS: tl.constexpr = TILE_ROWS * PAIRS
+    column_blocks = tl.cdiv(sizes.k, BLOCK_COLUMNS)
+    tokens = first_token + tl.arange(0, TOKENS)[None, :]
+    features = tl.arange(0, COLUMNS)[:, None]
+    x_ptrs = x_ptr + tokens * sizes.k + features
     word_ptrs = (
-        dense_ptr
-        + (rows // 64 * column_blocks * (WORDS * TILE_WORDS) + rows % 64 * 16)[:, None]
-        + tl.arange(0, 16)[None, :]
+        layer.dense
+        + (rows // TILE_ROWS * column_blocks * (WORDS * TILE_WORDS) + rows % TILE_ROWS * PAIRS)[:, None]
+        + tl.arange(0, PAIRS)[None, :]
     )
-    total = tl.zeros((ROWS, BM), tl.float32)
-    group_total = tl.zeros((ROWS, BM), tl.float32)
-    for block in tl.range(first_block, last_block, num_stages=STAGES):
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    group_total = tl.zeros((ROWS, TOKENS), tl.float32)
+    for block in tl.range(blocks[0], blocks[1], num_stages=TILING.stages):
         words = load_words(word_ptrs + block * (WORDS * TILE_WORDS), WORDS, TILE_WORDS)
-        for slot in tl.static_range(BLOCK_COLUMNS // 32):
-            column = block * BLOCK_COLUMNS + slot * 32
+        for slot in tl.static_range(BLOCK_COLUMNS // COLUMNS):
+            column = block * BLOCK_COLUMNS + slot * COLUMNS
             inside = tokens < m
-            if not EVEN_K:
-                inside = inside & (column + features < k)
+            if not TILING.even_k:
+                inside = inside & (column + features < sizes.k)
             x = tl.load(x_ptrs + column, mask=inside, other=0.0, cache_modifier=".ca")
-            weight = unpack_slot(words, slot, BITS, DTYPE, BACKEND)
+            weight = unpack_slot(words, slot, TILING.bits, DTYPE, TILING.backend)
             if FLUSH == 0:
-                total = matrix_product(weight, x, total, BACKEND)
+                total = matrix_product(weight, x, total, TILING.backend)
             else:
-                group_total = matrix_product(weight, x, group_total, BACKEND)
+                group_total = matrix_product(weight, x, group_total, TILING.backend)
                 if (slot + 1) % FLUSH == 0:
-                    group = tl.minimum(column, k - 1) // group_size  # padding has no group of its own
-                    scale = tl.load(scales_ptr + group * padded_rows + rows).to(tl.float32)
+                    group = tl.minimum(column, sizes.k - 1) // sizes.group_size  # padding has no group of its own
+                    scale = tl.load(layer.scales + group * sizes.padded_rows + rows).to(tl.float32)
                     total += group_total * scale[:, None]
-                    group_total = tl.zeros((ROWS, BM), tl.float32)
+                    group_total = tl.zeros((ROWS, TOKENS), tl.float32)
     if FLUSH == 0:
-        total = total * tl.load(scales_ptr + rows).to(tl.float32)[:, None]
+        total = total * tl.load(layer.scales + rows).to(tl.float32)[:, None]
     return total
 
 
 @triton.jit
-def _store_partial(partials_ptr, slot, total, present, BM: tl.constexpr):
-    """Store sums [rows, tokens] as a partial [BM, rows]; tokens from `present` on do not exist."""
+def _store_partial(partials_ptr, slot, total, present, TOKENS: tl.constexpr):
+    """Store sums [rows, tokens] as a partial [TOKENS, rows]; only the first `present` tokens exist."""
     tokens = tl.arange(0, total.shape[1])[None, :]
-    ptrs = partials_ptr + (slot * BM + tokens) * total.shape[0] + tl.arange(0, total.shape[0])[:, None]
+    ptrs = partials_ptr + (slot * TOKENS + tokens) * total.shape[0] + tl.arange(0, total.shape[0])[:, None]
     tl.store(ptrs, total, mask=tokens < present)
 
 
-def fused_constants(geometry: Geometry, config: Config, groups: int, tokens: int, target: Target) -> dict[str, Any]:
+def fused_tiling(geometry: Geometry, config: Config, groups: int, tokens: int, target: Target) -> Tiling:
     """Compile-time constants of `fused_kernel` for a bucket of `tokens` tokens."""
     block = geometry.block_columns
     group_size = geometry.in_features // groups
     gathered = max(tokens, 16)  # of tokens, by the overflow part: what a matrix instruction takes
     step = 16 if tokens == 1 else min(4, OVERFLOW_FEATURES // (config.rows * gathered))
-    return {
-        "BITS": geometry.bits,
-        "BLOCK_COLUMNS": block,
-        "FLUSH": 0 if groups == 1 else math.gcd(group_size, block) // SLOT,
-        "EVEN_K": geometry.in_features % block == 0,
-        "ROWS": config.rows,
-        "BM": max(tokens, SMALLEST_DOT[target.backend]),
-        "ONE_TILE": tokens < BUCKETS[-1],  # of tokens
-        "STORED_M": tokens,
-        "SHARES_STEP": max(1, min(32, SUM_ELEMENTS // (config.rows * tokens))),
-        "OVERFLOW_TOKENS": gathered,
-        "OVERFLOW_STEP": step,
-        "OVERFLOW_STAGES": min(config.stages, 1 + OVERFLOW_FEATURES // (config.rows * gathered * step)),
-        "DEPENDENT": tokens > 1 and target.overlaps_launches,
-        "STAGES": config.stages,
-        "BACKEND": target.backend,
-    }
+    return Tiling(
+        bits=geometry.bits,
+        block_columns=block,
+        words=geometry.words,
+        flush=0 if groups == 1 else math.gcd(group_size, block) // SLOT,
+        even_k=geometry.in_features % block == 0,
+        rows=config.rows,
+        tokens=max(tokens, SMALLEST_DOT[target.backend]),
+        one_tile=tokens < BUCKETS[-1],
+        stored_tokens=tokens,
+        shares_step=max(1, min(32, SUM_ELEMENTS // (config.rows * tokens))),
+        overflow_tokens=gathered,
+        overflow_step=step,
+        overflow_stages=min(config.stages, 1 + OVERFLOW_FEATURES // (config.rows * gathered * step)),
+        dependent=tokens > 1 and target.overlaps_launches,
+        stages=config.stages,
+        backend=target.backend,
+    )
 
 
 def multiply_fused(
@@ -211,39 +226,28 @@ def multiply_fused(
     """
     m = x.shape[0]
     groups = layout.scales.shape[0]
-    constants = fused_constants(geometry, config, groups, tokens, target)
-    m_tiles = -(-m // constants["BM"])
+    tiling = fused_tiling(geometry, config, groups, tokens, target)
+    m_tiles = -(-m // tiling.tokens)
     tiles = geometry.padded_rows // config.rows * m_tiles
-    segments = geometry.segments if layout.entries.numel() else 0
+    panels = geometry.panels if layout.entries.numel() else 0
     splits = 1 if m_tiles > 1 else _splits(geometry, tiles, config, target)
+    shares = panels + splits
     y = x.new_empty(m, geometry.out_features)
-    shares = segments + splits
-    partials = torch.empty(tiles * shares * constants["BM"] * config.rows, dtype=torch.float32, device=x.device)
-    gathered, options = x, {}
-    if segments and tokens > 1:
+    partials = torch.empty(tiles * shares * tiling.tokens * config.rows, dtype=torch.float32, device=x.device)
+    transposed, options = x, {}
+    if panels and tokens > 1:
         # with several scales a row in bf16: fp16 has no room for small scales times large integers
-        gathered = transpose(x, constants["OVERFLOW_TOKENS"], x.dtype if groups == 1 else torch.bfloat16, target)
-        options = {"launch_pdl": True} if constants["DEPENDENT"] else {}
+        transposed = transpose(x, tiling.overflow_tokens, x.dtype if groups == 1 else torch.bfloat16, target)
+        options = {"launch_pdl": True} if tiling.dependent else {}
+    layer, sizes = arguments(layout, geometry)
     fused_kernel[(tiles * shares,)](
-        x,
-        gathered,
-        layout.dense,
-        layout.scales,
-        layout.entries,
-        layout.offsets[geometry.diagonal :],
-        layout.offsets[geometry.starts :],
-        layout.offsets,
-        partials,
-        y,
+        layer,
+        Operands(x, transposed, partials, y),
+        sizes,
         m,
-        geometry.out_features,
-        geometry.in_features,
-        geometry.padded_rows,
-        geometry.column_blocks,
-        geometry.in_features // groups,
         splits,
-        segments,
-        **constants,
+        panels,
+        TILING=tiling,
         num_warps=config.warps,
         enable_fp_fusion=True,
         **options,

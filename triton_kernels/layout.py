@@ -6,12 +6,12 @@ dense: int32 [row tiles, column blocks, words, TILE_ROWS, PAIRS]. A column block
     f. Odd widths: 16 // bits slots in each of as many words as a weight has bits, whose spare bits 15 and 31 together
     are the last slot, so that a weight takes 3.0 or 5.0 bits exactly. Fields hold z + 2^(bits − 1).
 scales: bf16 [groups, padded out_features], so that neighbouring rows lie side by side.
-entries: int16 or int32 [entries], sorted by segment (2048 columns), row and column: bits 0…10 are the column in its
-    segment, the rest the excess. What five bits of excess cannot say is spread over several entries of the same column;
+entries: int16 or int32 [entries], sorted by panel (2048 columns), row and column: bits 0…10 are the column in its
+    panel, the rest the excess. What five bits of excess cannot say is spread over several entries of the same column;
     whichever of the two widths takes fewer bytes is used.
-offsets: int32 [COUNTERS + 16 · 16 + segments · padded out_features + 1]: first the arrival counters of the fused
-    kernel, zero between launches, then a diagonal of −1 that it masks with, then where every row of every segment
-    starts in `entries`.
+offsets: int32 [counters + 16 · 16 + panels · padded out_features + 1]: first the arrival counters of the fused kernel,
+    zero between launches, then a diagonal of −1 that it masks with, then where every row of every panel starts in
+    `entries`.
 
 Rows are padded to a multiple of ROW_ALIGNMENT with scale 0, columns to whole column blocks with z = 0.
 """
@@ -24,12 +24,13 @@ from torch import Tensor
 from vllm_babai.format import FormatError, Overflow, integer_range, unpack
 from vllm_babai.ops.layout import DeviceLayout
 
-TILE_ROWS = 64
-PAIRS = 16
+TILE_ROWS = 64  # of the dense part
+PAIRS = 16  # of input features, in a slot
 SLOT = 2 * PAIRS
+HALF_WORD = 16  # bits
 ROW_ALIGNMENT = 128
-SEGMENT_BITS = 11
-SEGMENT = 1 << SEGMENT_BITS
+PANEL_BITS = 11  # of an overflow entry that say its column
+PANEL = 1 << PANEL_BITS  # columns of the overflow that are sorted, and multiplied, together
 DIAGONAL = 16  # rows of the mask in `offsets`: of a matrix instruction
 SMALLEST_ROWS = 32  # of an output tile of the fused kernel
 MAX_M_TILES = 8
@@ -58,7 +59,7 @@ class Geometry:
     @property
     def slots(self) -> int:
         """Runs of 32 input features in a column block."""
-        return self.words * PAIRS // self.bits
+        return self.words * HALF_WORD // self.bits
 
     @property
     def block_columns(self) -> int:
@@ -76,9 +77,9 @@ class Geometry:
         return -(-self.out_features // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
     @property
-    def segments(self) -> int:
-        """Column segments of the overflow."""
-        return -(-self.in_features // SEGMENT)
+    def panels(self) -> int:
+        """Panels of columns that cover the overflow."""
+        return -(-self.in_features // PANEL)
 
     @property
     def counters(self) -> int:
@@ -139,7 +140,7 @@ def _pack_rows(integers: Tensor, geometry: Geometry) -> Tensor:
     fields = fields.view(-1, TILE_ROWS, geometry.column_blocks, geometry.slots, PAIRS, 2)
     fields = fields.permute(3, 5, 0, 2, 1, 4)  # slot, half, row tile, column block, row, pair
     fields = fields[:, 0] | fields[:, 1] << 16
-    whole = 16 // geometry.bits  # slots in one word
+    whole = HALF_WORD // geometry.bits  # slots in one word
     words = [_combine(fields[whole * t : whole * (t + 1)], geometry.bits) for t in range(geometry.words)]
     if geometry.slots > whole * geometry.words:
         words = [word | ((fields[-1] >> t) & 0x00010001) << 15 for t, word in enumerate(words)]
@@ -158,7 +159,7 @@ def pack_overflow(overflow: Overflow, geometry: Geometry) -> tuple[Tensor, Tenso
     row, column, excess = (axis.cpu().long() for axis in (overflow.rows, overflow.columns, overflow.excess))
     if len(row) and (row.max() >= geometry.out_features or column.max() >= geometry.in_features):
         raise FormatError(f"overflow leaves the matrix of {geometry.out_features} × {geometry.in_features} weights")
-    order = torch.argsort((column // SEGMENT * geometry.padded_rows + row) * SEGMENT + column % SEGMENT)
+    order = torch.argsort((column // PANEL * geometry.padded_rows + row) * PANEL + column % PANEL)
     row, column, excess = row[order], column[order], excess[order]
 
     largest, smallest = 15, -16
@@ -174,8 +175,8 @@ def pack_overflow(overflow: Overflow, geometry: Geometry) -> tuple[Tensor, Tenso
             (excess - smallest * position).clamp(min=smallest),
         )
 
-    entries = (excess << SEGMENT_BITS | column % SEGMENT).to(dtype)
-    starts = torch.arange(geometry.segments * geometry.padded_rows + 1)
-    starts = torch.searchsorted(column // SEGMENT * geometry.padded_rows + row, starts)
+    entries = (excess << PANEL_BITS | column % PANEL).to(dtype)
+    starts = torch.arange(geometry.panels * geometry.padded_rows + 1)
+    starts = torch.searchsorted(column // PANEL * geometry.padded_rows + row, starts)
     diagonal = -torch.eye(DIAGONAL, dtype=torch.int32).flatten()
     return entries, torch.cat([torch.zeros(geometry.counters, dtype=torch.int32), diagonal, starts.int()])

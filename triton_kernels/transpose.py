@@ -15,19 +15,15 @@ from vllm_babai.triton_kernels.unpack import round_to
 COLUMNS = 64  # of x, of a program
 
 
-@triton.jit(do_not_specialize=["m", "tiles"])
+@triton.jit(do_not_specialize=["m"])
 def transpose_kernel(
-    x_ptr,  # [m, k]
-    xt_ptr,  # [k, tiles · TOKENS]
-    m,
-    k,
-    tiles,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-    BACKEND: tl.constexpr,
+    x_ptr, xt_ptr, m, k, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr, BACKEND: tl.constexpr
 ):
-    """Transpose [TOKENS, COLUMNS]; tokens from m on are zero."""
+    """Transpose [TOKENS, COLUMNS]; tokens from m on are zero.
+
+    x_ptr: [m, k]. xt_ptr: [k, token tiles · TOKENS]. DEPENDENT: the next kernel may start at once, see above.
+    Grid: [column tiles, token tiles].
+    """
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -36,7 +32,7 @@ def transpose_kernel(
     x = tl.load(x_ptr + tokens[:, None] * k + columns[None, :], mask=inside, other=0.0)
     if x.dtype != xt_ptr.dtype.element_ty:
         x = round_to(x.to(tl.float32), xt_ptr.dtype.element_ty, BACKEND)
-    xt_ptrs = xt_ptr + columns[:, None] * (tiles * TOKENS) + tokens[None, :]
+    xt_ptrs = xt_ptr + columns[:, None] * (tl.cdiv(m, TOKENS) * TOKENS) + tokens[None, :]
     tl.store(xt_ptrs, tl.trans(x), mask=(columns < k)[:, None])
 
 
@@ -50,7 +46,6 @@ def transpose(x: Tensor, tokens: int, dtype: torch.dtype, target: Target) -> Ten
         transposed,
         m,
         k,
-        tiles,
         TOKENS=tokens,
         COLUMNS=COLUMNS,
         DEPENDENT=target.overlaps_launches,

@@ -10,64 +10,69 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_babai.triton_kernels.coded import MAX_TOKENS, multiply_kernel
+from vllm_babai.triton_kernels.arguments import Layer, Sizes
+from vllm_babai.triton_kernels.coded import MAX_TOKENS, Shape, multiply_kernel
 from vllm_babai.triton_kernels.configs import Target, table_for
-from vllm_babai.triton_kernels.dequantize import dense_kernel, overflow_kernel
-from vllm_babai.triton_kernels.entropy import WARP, decode_kernel
-from vllm_babai.triton_kernels.fused import fused_constants, fused_kernel
+from vllm_babai.triton_kernels.dequantize import dense_kernel, dequantize_form, overflow_kernel
+from vllm_babai.triton_kernels.entropy import WARP, Streams, decode_kernel
+from vllm_babai.triton_kernels.fused import Operands, fused_kernel, fused_tiling
 from vllm_babai.triton_kernels.layout import Geometry
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 TABLE = Path(__file__).with_name("gate.json")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-# Argument name → type; what stands in MULTIPLES is a multiple of 16 in every layer that matters, as Triton finds out.
-DENSE_TYPES = {
-    "dense_ptr": "*i32",
-    "scales_ptr": "*bf16",
-    "entries_ptr": "*i16",
-    "diagonal_ptr": "*i32",
-    "starts_ptr": "*i32",
-    "counters_ptr": "*i32",
-    "partials_ptr": "*fp32",
-    **dict.fromkeys(
-        ("first_tile", "m", "n", "k", "padded_rows", "column_blocks", "group_size", "splits", "segments"), "i32"
-    ),
+# Types of the kernels' arguments. "i32:16": a multiple of 16 in every layer that matters, as Triton finds out for
+# itself; every pointer is one.
+LAYER = Layer("*i32", "*bf16", "*i16", "*i32", "*i32", "*i32")
+SIZES = Sizes(n="i32:16", k="i32:16", padded_rows="i32:16", group_size="i32")
+STREAMS = Streams("*i16", "*i32", "*i32", "*i16", "*u8", "*i32", "*fp32")
+FUSED = {"layer": LAYER, "sizes": SIZES, **dict.fromkeys(("m", "splits", "panels"), "i32")}
+DEQUANTIZE = {"layer": LAYER, "weight_ptr": "*bf16", "first_tile": "i32", "sizes": SIZES}
+DECODE = {"streams": STREAMS, "out_ptr": "*bf16", "columns": "i32:16", "groups": "i32"}
+MULTIPLY_CODED = {
+    "streams": STREAMS,
+    **dict.fromkeys(("x_ptr", "partial_ptr"), "*fp32"),
+    "shape": Shape("i32:16", "i32:16"),
+    "groups": "i32",
 }
-CODED_TYPES = {
-    "words_ptr": "*i16",
-    "row_class_ptr": "*i16",
-    "column_class_ptr": "*u8",
-    **dict.fromkeys(("segments_ptr", "states_ptr", "table_ptr"), "*i32"),
-    **dict.fromkeys(("scales_ptr", "x_ptr", "partial_ptr"), "*fp32"),
-    "out_ptr": "*bf16",
-    **dict.fromkeys(("all_rows", "columns", "groups", "group_size"), "i32"),
-}
-MULTIPLES = {"n", "k", "padded_rows", "all_rows", "columns"}  # and every pointer
 
 
-def dense_types(dtype: str = "bf16") -> dict[str, str]:
-    """Types for the kernels of dense + sparse, with activations and dequantized weights of `dtype`."""
-    return DENSE_TYPES | dict.fromkeys(("x_ptr", "xt_ptr", "y_ptr", "weight_ptr"), f"*{dtype}")
+def fused_types(dtype: str = "bf16") -> dict[str, Any]:
+    """Types of the fused kernel's arguments, with activations of `dtype`."""
+    return FUSED | {"operands": Operands(f"*{dtype}", f"*{dtype}", "*fp32", f"*{dtype}")}
 
 
-def compile_kernel(kernel, types: dict[str, str], constants: dict, architecture: str, warps: int, multiples=MULTIPLES):
-    """Compile a kernel for an architecture. types: of its arguments, by name; constants: of the others.
+def compile_kernel(kernel, types: dict[str, Any], constants: dict[str, Any], architecture: str, warps: int):
+    """Compile a kernel for an architecture. constants: values of its compile-time arguments, by name.
 
-    multiples: integer arguments that are a multiple of 16; pointers always are.
+    types: of the other arguments, by name; of a named tuple that of each member. "1": an integer that is 1, which
+    Triton compiles in.
     """
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    multiples = [name for name in names if name in multiples or name.endswith("_ptr")]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
-    source = ASTSource(
-        kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
-    )
+    signature: dict[str, Any] = {}
+    compiled_in, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], compiled_in[i,] = "constexpr", constants[name]
+            continue
+        is_group = isinstance(types[name], tuple)
+        members = types[name] if is_group else (types[name],)
+        paths = [(i, j) if is_group else (i,) for j in range(len(members))]
+        attributes |= {
+            path: [["tt.divisibility", 16]]
+            for path, kind in zip(paths, members, strict=True)
+            if kind.startswith("*") or kind.endswith(":16")
+        }
+        compiled_in |= {path: 1 for path, kind in zip(paths, members, strict=True) if kind == "1"}
+        plain = ["constexpr" if kind == "1" else kind.removesuffix(":16") for kind in members]
+        signature[name] = type(members)(*plain) if is_group else plain[0]
+    source = ASTSource(kernel, signature, compiled_in, attributes)
     if architecture.startswith("sm_"):
         target = GPUTarget("cuda", int(architecture[3:]), 32)
     else:
@@ -170,16 +175,14 @@ def gate(architecture: str) -> dict[str, dict[str, float]]:
     for name, (bits, tokens, groups, dtype) in cases(architecture).items():
         geometry = Geometry(bits, 4096, 4096)
         config = table.lookup(bits, tokens, 4096, 4096).for_groups(groups)
-        constants = fused_constants(geometry, config, groups, tokens, target)
-        compiled = compile_kernel(fused_kernel, dense_types(dtype), constants, architecture, config.warps)
+        constants = {"TILING": fused_tiling(geometry, config, groups, tokens, target)}
+        compiled = compile_kernel(fused_kernel, fused_types(dtype), constants, architecture, config.warps)
         results[name] = measure(compiled, config.rows * geometry.block_columns)
     for bits in (3, 4):
-        columns = Geometry(bits, 4096, 4096).block_columns
-        constants = {"BITS": bits, "BLOCK_COLUMNS": columns, "GROUPED": False, "BACKEND": backend}
-        compiled = compile_kernel(dense_kernel, dense_types(), constants, architecture, 4)
+        constants = {"FORM": dequantize_form(Geometry(bits, 4096, 4096), 1, backend)}
+        compiled = compile_kernel(dense_kernel, DEQUANTIZE, constants, architecture, 4)
         results[f"dequantize {bits} bits"] = measure(compiled, 0)
-    constants = {"LOW": -8, "HIGH": 7, "GROUPED": False, "BACKEND": backend}
-    compiled = compile_kernel(overflow_kernel, dense_types(), constants, architecture, 2)
+    compiled = compile_kernel(overflow_kernel, DEQUANTIZE, constants, architecture, 2)
     results["dequantize overflow"] = measure(compiled, 0)
     return results | coded_gate(architecture, backend)
 
@@ -187,18 +190,16 @@ def gate(architecture: str) -> dict[str, dict[str, float]]:
 def coded_gate(architecture: str, backend: str) -> dict[str, dict[str, float]]:
     """Case → measures of the kernels that decode; a turn of their innermost loop takes an integer in every lane."""
     chosen = {
-        "decode coded": (decode_kernel, {"DEQUANTIZE": True, "GROUPED": False}),
-        "decode coded, groups": (decode_kernel, {"DEQUANTIZE": True, "GROUPED": True}),
-        "multiply coded, groups": (multiply_kernel, {"TOKENS": 1, "GROUPED": True}),
+        "decode coded": (decode_kernel, DECODE, {"DEQUANTIZE": True, "GROUPED": False}),
+        "decode coded, groups": (decode_kernel, DECODE, {"DEQUANTIZE": True, "GROUPED": True}),
+        "multiply coded, groups": (multiply_kernel, MULTIPLY_CODED, {"TOKENS": 1, "GROUPED": True}),
     }
     for tokens in (1, MAX_TOKENS):
         name = f"multiply coded, {tokens} token{'s' if tokens > 1 else ''}"
-        chosen[name] = (multiply_kernel, {"TOKENS": tokens, "GROUPED": False})
+        chosen[name] = (multiply_kernel, MULTIPLY_CODED, {"TOKENS": tokens, "GROUPED": False})
     return {
-        name: measure(
-            compile_kernel(kernel, CODED_TYPES, {"BACKEND": backend} | constants, architecture, 1), WARP.value
-        )
-        for name, (kernel, constants) in chosen.items()
+        name: measure(compile_kernel(kernel, types, {"BACKEND": backend} | constants, architecture, 1), WARP.value)
+        for name, (kernel, types, constants) in chosen.items()
     }
 
 

@@ -35,26 +35,40 @@ class Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments, **options: self._launch(grid, arguments, options)
 
-    def _launch(self, grid: tuple[int, ...], arguments: tuple[Tensor | int, ...], options: dict[str, Any]) -> None:
+    def _launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         named = dict(zip(self.kernel.arg_names, arguments, strict=False))
+        unspecialized = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
+        types = {name: _type(value, name not in unspecialized) for name, value in named.items()}
         constants = {name: value for name, value in options.items() if name in self.kernel.arg_names}
-        numbers = {p.name for p in self.kernel.params if not p.do_not_specialize and isinstance(named.get(p.name), int)}
-        ones = {name: 1 for name in numbers if named[name] == 1}  # Triton compiles them in
-        named = {name: value for name, value in named.items() if name not in ones}
         program, shape = _compile(
             self.kernel,
-            tuple((name, TYPES[value.dtype] if isinstance(value, Tensor) else "i32") for name, value in named.items()),
-            tuple((constants | ones).items()),
+            tuple(types.items()),
+            tuple(constants.items()),
             self.architecture,
             options.get("num_warps", 4),
-            tuple(sorted(name for name in numbers if named.get(name, 1) % 16 == 0)),
         )
-        _run(program, shape, grid, list(named.values()))
+        passed = [value for name in named for value, kind in _members(named[name], types[name]) if kind != "1"]
+        _run(program, shape, grid, passed)
+
+
+def _type(value: Any, specialized: bool) -> Any:
+    """The type of an argument as `compile_kernel` takes it, seen as Triton would."""
+    if isinstance(value, tuple):  # Triton looks at members whatever the kernel says of the tuple
+        return type(value)(*(_type(member, True) for member in value))
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    if not specialized or (value != 1 and value % 16):
+        return "i32"
+    return "1" if value == 1 else "i32:16"
+
+
+def _members(value: Any, kind: Any) -> list[tuple[Any, str]]:
+    return list(zip(value, kind, strict=True)) if isinstance(value, tuple) else [(value, kind)]
 
 
 @cache
-def _compile(kernel, types, constants, architecture, warps, multiples) -> tuple[Program, Shape]:
-    compiled = compile_kernel(kernel, dict(types), dict(constants), architecture, warps, multiples)
+def _compile(kernel, types, constants, architecture, warps) -> tuple[Program, Shape]:
+    compiled = compile_kernel(kernel, dict(types), dict(constants), architecture, warps)
     return parse(compiled.asm["ptx"]), Shape(32 * warps, compiled.metadata.shared)
 
 
