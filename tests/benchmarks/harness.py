@@ -175,7 +175,7 @@ def report(results: Any, tables: Sequence[Table], json_file: Path | None) -> Non
 
 
 def panels(count: int = 1, **how: Any) -> tuple[Any, list[Any]]:
-    """Figure and its panels side by side, for :func:`save_plot`. how: keywords of ``matplotlib.pyplot.subplots``."""
+    """Figure and its panels side by side, for `save_plot`. how: keywords of ``matplotlib.pyplot.subplots``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -189,7 +189,7 @@ def panels(count: int = 1, **how: Any) -> tuple[Any, list[Any]]:
 
 
 def save_plot(figure: Any, path: Path) -> None:
-    """Write a figure of :func:`panels` as PNG."""
+    """Write a figure of `panels` as PNG."""
     import matplotlib.pyplot as plt
 
     figure.savefig(path, dpi=DPI)

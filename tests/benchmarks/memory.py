@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def measured_rise(folder: Path) -> int:
-    """:func:`rise_of_peak` in a process of its own, with the options of this one."""
+    """`rise_of_peak` in a process of its own, with the options of this one."""
     command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(folder)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     for path in ("out", "tiny-out"):
