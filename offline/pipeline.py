@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vllm_babai.format import FORMATS, CheckpointConfig
+from vllm_babai.offline.model.place import check_place
 from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.model.walk import Group, Part, Stage, factored_groups, walk
 from vllm_babai.offline.options import QuantizeOptions
@@ -32,8 +33,16 @@ def quantize(
     block and its calibration inputs, both twice with drift correction. Raises QuantizationError for anything the user
     can fix.
     """
+    check_place(Path(out), model, resume=resume, overwrite=overwrite)
     prepared = prepare(model, options)
-    folder = open_run(Path(out), prepared, options, resume=resume, overwrite=overwrite)
+    with open_run(Path(out), prepared, options, resume=resume, overwrite=overwrite) as folder:
+        if not folder.is_complete:
+            folder.finish(_quantize_parts(prepared, folder, options))
+        return folder.publish()
+
+
+def _quantize_parts(prepared: Prepared, folder: RunFolder, options: QuantizeOptions) -> CheckpointConfig:
+    """Quantize every part that the folder lacks; returns how the linears are stored."""
     linears = [name for part in prepared.blocks for name in part.linears]
     with counting_progress() as progress:
         sensitivity, plan = _sensitivity_and_plan(prepared, folder, options, progress) if linears else (None, [])
@@ -45,7 +54,7 @@ def quantize(
             with progress.phase("quantizing", len(wanted), "linears") as phase:
                 run = _Run(prepared.model, options, folder, sensitivity, wanted, budget, phase)
                 walk(prepared.model, prepared.parts, prepared.inputs, streams, run.visit)
-    return folder.finish(_checkpoint_config(prepared, options, wanted))
+    return _checkpoint_config(prepared, options, wanted)
 
 
 def _checkpoint_config(prepared: Prepared, options: QuantizeOptions, wanted: dict[str, Target]) -> CheckpointConfig:

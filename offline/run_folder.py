@@ -1,12 +1,13 @@
 """The folder that a run writes: one safetensors file per part, complete or not there.
 
-While a run lasts its files lie in `OUT.partial`; a file appears there under its name only when it is whole, and the
-folder takes the name OUT only when the checkpoint is. An interrupted run is therefore a set of finished parts.
+A file appears under its name only when it is whole, so an interrupted run is a set of finished parts. Where the folder
+is meanwhile, and what becomes of it after a kill: `offline.model.place`.
 """
 
 import hashlib
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,42 +15,44 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vllm_babai.errors import QuantizationError
 from vllm_babai.files import write_atomically
 from vllm_babai.format import CheckpointConfig
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint
+from vllm_babai.offline.model.place import Place, check_room, claim
 from vllm_babai.offline.model.walk import Part, part_file
-from vllm_babai.offline.model.writing import (
-    copy_companions,
-    partial_folder,
-    publish,
-    save_atomically,
-    write_config,
-    write_index,
-)
+from vllm_babai.offline.model.writing import copy_companions, save_atomically, write_config, write_index
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.plan.plan import PlannedLinear
 from vllm_babai.offline.prepare import Prepared
 from vllm_babai.offline.scales.linear import LayerReport
 
-RUN = "babai_run.json"
 PLAN = "babai_plan.json"
+SENSITIVITY = "sensitivity"
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """A run's folder while the run lasts. checkpoint: the original. parts: see `offline.model.walk`."""
 
-    out: Path
-    partial: Path
+    place: Place
     checkpoint: Checkpoint
     parts: list[Part]
     options: QuantizeOptions
 
     @property
+    def partial(self) -> Path:
+        """Where the files are while the run lasts."""
+        return self.place.partial
+
+    @property
     def sensitivity(self) -> Path:
         """Folder in which the sensitivity of every block is kept while the run lasts."""
-        return self.partial / "sensitivity"
+        return self.partial / SENSITIVITY
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the checkpoint is whole, as an interrupted run may have left it: then it is only published."""
+        return self.place.is_complete
 
     def write_plan(self, plan: list[PlannedLinear]) -> None:
         """Keep what was planned before the first block; the sensitivity is complete by then."""
@@ -79,8 +82,8 @@ class RunFolder:
         write_atomically(self._report_file(part), json.dumps([asdict(report) for report in reports]))
         save_atomically(self.partial / part.file, {name: self.checkpoint.read_kept(name) for name in kept} | quantized)
 
-    def finish(self, config: CheckpointConfig) -> Path:
-        """Write what is in no part, the index, config and report; give the folder its name."""
+    def finish(self, config: CheckpointConfig) -> None:
+        """Write what is in no part, the index, config and report: the checkpoint is then whole."""
         checkpoint, count = self.checkpoint, len(self.parts) + 1
         inside = tuple(f"{part.name}." for part in self.parts)
         rest = self.partial / part_file(count, count)
@@ -91,46 +94,38 @@ class RunFolder:
         write_config(self.partial, checkpoint.config() | {"quantization_config": config.to_dict()})
         layers = [asdict(report) for part in self.parts for report in self.read_reports(part)]
         report = {"options": self.options.to_dict(), **_totals(layers, files), "layers": layers}
-        (self.partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        for part in self.parts:
-            self._report_file(part).unlink()
-        shutil.rmtree(self.sensitivity, ignore_errors=True)
-        (self.partial / PLAN).unlink(missing_ok=True)
-        (self.partial / RUN).unlink()
-        publish(self.partial, self.out)
-        return self.out
+        write_atomically(self.partial / REPORT, json.dumps(report, indent=2) + "\n")
+        self.place.complete()
+
+    def publish(self) -> Path:
+        """Give the whole checkpoint its name, and remove what served the run alone."""
+        return self.place.publish([*(self._report_file(part).name for part in self.parts), SENSITIVITY, PLAN])
 
     def _report_file(self, part: Part) -> Path:
         return (self.partial / part.file).with_suffix(".report.json")
 
 
-def open_run(out: Path, prepared: Prepared, options: QuantizeOptions, *, resume: bool, overwrite: bool) -> RunFolder:
-    """Make the partial folder, or open an interrupted run's.
+@contextmanager
+def open_run(
+    out: Path, prepared: Prepared, options: QuantizeOptions, *, resume: bool, overwrite: bool
+) -> Iterator[RunFolder]:
+    """The run's folder, or that of an interrupted run, which no other process may have meanwhile.
 
-    Raises QuantizationError when OUT exists and `overwrite` is not given, when an interrupted run is there and neither
-    `resume` nor `overwrite` is given, or when the interrupted run had other options or another model.
+    Raises QuantizationError like `place.claim`, and where the disk has too little room for the checkpoint.
     """
     checkpoint = prepared.model.checkpoint
-    if out.exists() and not overwrite:
-        raise QuantizationError(f"{out} exists: choose another folder, or pass --overwrite")
-    partial = partial_folder(out)
-    run = {"options": options.to_dict(), "model": _fingerprint(checkpoint)}
-    if partial.exists() and not resume and not overwrite:
-        raise QuantizationError(
-            f"{partial} holds an interrupted run: pass --resume to go on, --overwrite to start again"
-        )
-    if partial.exists() and resume and (partial / RUN).is_file():
-        earlier = json.loads((partial / RUN).read_text())
-        if earlier != run:
-            raise QuantizationError(
-                f"--resume: the interrupted run in {partial} had other {_differences(earlier, run)}"
-            )
-    else:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        write_atomically(partial / RUN, json.dumps(run))
-    return RunFolder(out, partial, checkpoint, prepared.parts, options)
+    run = {"command": "quantize", "options": options.to_dict(), "model": _fingerprint(checkpoint)}
+    check_room(out.resolve().parent, _expected_bytes(prepared, options), "the checkpoint")
+    with claim(out, checkpoint.folder, run, resume=resume, overwrite=overwrite) as place:
+        yield RunFolder(place, checkpoint, prepared.parts, options)
+
+
+def _expected_bytes(prepared: Prepared, options: QuantizeOptions) -> int:
+    """Bytes of the checkpoint to come, about: the original's, with the bits asked for in place of 16."""
+    skeleton = prepared.model.skeleton
+    linears = [skeleton.get_parameter(f"{name}.weight") for part in prepared.parts for name in part.linears]
+    saved = 16 - (options.planned_rate or options.bits)
+    return prepared.model.checkpoint.bytes() - int(saved / 8 * sum(weight.numel() for weight in linears))
 
 
 def _totals(layers: list[dict[str, Any]], files: list[Path]) -> dict[str, Any]:
@@ -150,10 +145,3 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     for name, path in sorted(checkpoint.files.items()):
         digest.update(f"{name} {path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()
-
-
-def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    if earlier["model"] != now["model"]:
-        return "model files"
-    changed = [key for key, value in now["options"].items() if earlier["options"].get(key) != value]
-    return ", ".join(f"--{key.replace('_', '-')} ({earlier['options'].get(key)})" for key in changed)

@@ -1,8 +1,10 @@
 """Quantized checkpoints in another form: the other format, the same lattice points; or dense."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
+from vllm_babai.files import write_atomically
 from vllm_babai.format import (
     BIT_WIDTHS,
     FORMATS,
@@ -23,16 +26,14 @@ from vllm_babai.format import (
 )
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint
 from vllm_babai.offline.model.dense import count_stored, dense_tensors, stored_linears
-from vllm_babai.offline.model.writing import (
-    copy_companions,
-    partial_folder,
-    publish,
-    save_atomically,
-    write_config,
-    write_index,
-)
+from vllm_babai.offline.model.place import MADE, check_place, check_room, claim
+from vllm_babai.offline.model.writing import copy_companions, save_atomically, write_config, write_index
 from vllm_babai.offline.plan.fusion import fused_with
 from vllm_babai.progress import Tick, counting_progress
+
+ConvertFile = Callable[
+    [list[str], Tick], dict[str, Tensor]
+]  # tensors of one file, by their names; ticks for each linear
 
 
 def convert(source: str | Path, out: str | Path, to: str, dtype: torch.dtype, *, overwrite: bool = False) -> Path:
@@ -43,46 +44,45 @@ def convert(source: str | Path, out: str | Path, to: str, dtype: torch.dtype, *,
     memory. Raises QuantizationError when `source` is not quantized, is corrupt, has column steps and is to be SSQR, or
     OUT exists.
     """
-    checkpoint, out = open_checkpoint(source), Path(out)
+    out = check_place(Path(out), source, overwrite=overwrite)
+    checkpoint = open_checkpoint(source)
     config = checkpoint.config()
     if "quantization_config" not in config:
         raise QuantizationError(f"{source} is not quantized: it has no quantization_config")
-    if out.exists() and not overwrite:
-        raise QuantizationError(f"{out} exists: choose another folder, or pass --overwrite")
+    run = {"command": "convert", "options": {"to": to, "dtype": str(dtype)}, "model": str(checkpoint.folder)}
     if to == "dense":
         del config["quantization_config"]
         config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-        return _write(checkpoint, out, config, lambda names, tick: _dense(checkpoint, names, dtype, tick))
-    scheme = _target_config(checkpoint, CheckpointConfig.from_dict(config["quantization_config"]), to)
-    config["quantization_config"] = scheme.to_dict()
-    return _write(checkpoint, out, config, lambda names, tick: _reencoded(checkpoint, names, scheme, tick))
+        convert_file: ConvertFile = partial(_dense, checkpoint, dtype)
+    else:
+        scheme = _target_config(checkpoint, CheckpointConfig.from_dict(config["quantization_config"]), to)
+        config["quantization_config"] = scheme.to_dict()
+        convert_file = partial(_reencoded, checkpoint, scheme)
+    check_room(out.parent, checkpoint.bytes(), "the converted checkpoint")
+    with claim(out, checkpoint.folder, run, overwrite=overwrite) as place:
+        _write(checkpoint, place.partial, config, convert_file)
+        if to == "dense":
+            write_atomically(place.partial / MADE, json.dumps(run) + "\n")
+        place.complete()
+        return place.publish([])
 
 
-def _write(
-    checkpoint: Checkpoint,
-    out: Path,
-    config: dict[str, Any],
-    convert_file: Callable[[list[str], Tick], dict[str, Tensor]],
-) -> Path:
-    """Write the folder file by file. convert_file: of the tensors with these names; it ticks for every linear."""
-    partial = partial_folder(out)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def _write(checkpoint: Checkpoint, folder: Path, config: dict[str, Any], convert_file: ConvertFile) -> None:
+    """Write a folder file by file, each under the name that it has in the original."""
     files = sorted(set(checkpoint.files.values()))
+    written = [folder / path.relative_to(checkpoint.folder) for path in files]
     with counting_progress() as progress, progress.phase("converting", count_stored(checkpoint), "linears") as phase:
-        for path in files:
+        for path, new in zip(files, written, strict=True):
             names = sorted(name for name, file in checkpoint.files.items() if file == path)
-            save_atomically(partial / path.name, convert_file(names, phase.advance))
-    write_index(partial, [partial / path.name for path in files])
-    copy_companions(checkpoint, partial)
+            save_atomically(new, convert_file(names, phase.advance))
+    write_index(folder, written)
+    copy_companions(checkpoint, folder)
     if "quantization_config" in config and (checkpoint.folder / REPORT).is_file():
-        shutil.copyfile(checkpoint.folder / REPORT, partial / REPORT)
-    write_config(partial, config)
-    publish(partial, out)
-    return out
+        shutil.copyfile(checkpoint.folder / REPORT, folder / REPORT)
+    write_config(folder, config)
 
 
-def _dense(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype, tick: Tick) -> dict[str, Tensor]:
+def _dense(checkpoint: Checkpoint, dtype: torch.dtype, names: list[str], tick: Tick) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in dense_tensors(checkpoint, names):
         tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -91,7 +91,7 @@ def _dense(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype, tick: T
     return tensors
 
 
-def _reencoded(checkpoint: Checkpoint, names: list[str], config: CheckpointConfig, tick: Tick) -> dict[str, Tensor]:
+def _reencoded(checkpoint: Checkpoint, config: CheckpointConfig, names: list[str], tick: Tick) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     replaced: set[str] = set()
     for linear, weight, parts, _ in stored_linears(checkpoint, names):

@@ -130,7 +130,10 @@ def test_an_existing_folder_is_only_replaced_when_told_to(
     for resume in (False, True):
         with pytest.raises(QuantizationError, match=r"out exists: choose another folder, or pass --overwrite"):
             quantize(source, out, options, resume=resume)
+    with pytest.raises(QuantizationError, match=r"out is not a checkpoint that babai made"):
+        quantize(source, out, options, overwrite=True)
     assert [path.name for path in out.iterdir()] == ["precious"]
+    (out / "babai_made.json").touch()  # as a dense checkpoint of babai's has it
     quantize(source, out, options, overwrite=True)
     assert contents(out) == uninterrupted
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -158,10 +161,10 @@ def test_a_run_that_fails_leaves_what_it_was_to_replace(
     damaged: Path, options: QuantizeOptions, tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("kept")
-    with pytest.raises(QuantizationError):
+    (tmp_path / "out" / "babai_made.json").write_text("kept")  # a dense checkpoint of babai's, which may be replaced
+    with pytest.raises(QuantizationError, match="has NaN or Inf"):
         quantize(damaged, tmp_path / "out", options, overwrite=True)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["babai_made.json"]
 
 
 @pytest.mark.parametrize(
