@@ -90,7 +90,9 @@ def _sensitivity_and_plan(
     if plan is None:
         folder.sensitivity.mkdir(exist_ok=True)
         with progress.phase("measuring sensitivity", sensitivity_passes(model), "passes") as phase:
-            sensitivity = measure_sensitivity(model, inputs, options.seed, folder.sensitivity, phase.advance)
+            sensitivity = measure_sensitivity(
+                model, inputs, options.seed, folder.sensitivity, phase.advance, phase.note
+            )
         plan = []
         if options.planned_rate is not None:
             blocks = prepared.blocks

@@ -7,10 +7,10 @@ the gradient of the loss by a linear's output at token t, x_t its input and E an
 
 (Kronecker factors as in arXiv 2505.22988). The pass keeps |g_t|² of every token, to weigh it in the Hessian, and G in
 blocks of ROW_BLOCK rows. It holds one block of the model, its inputs and their gradient; the inputs of the other blocks
-wait on disk.
+wait in memory or on disk, see `waiting`.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from vllm_babai.offline.model.call import Call, newly_left, run_block
 from vllm_babai.offline.model.capture import advance, batches
 from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.model.walk import Inputs
+from vllm_babai.offline.plan.waiting import WaitingInputs
 from vllm_babai.offline.solver.row_geometry import ROW_DAMPING, RowGeometry, independent_rows, row_geometry
 from vllm_babai.progress import Tick, uncounted
 
@@ -74,17 +75,26 @@ class Sensitivity:
 
 
 def measure_sensitivity(
-    model: StreamedModel, inputs: Inputs, seed: int, folder: Path, tick: Tick = uncounted
+    model: StreamedModel,
+    inputs: Inputs,
+    seed: int,
+    folder: Path,
+    tick: Tick = uncounted,
+    note: Callable[[str], object] | None = None,
 ) -> Sensitivity:
     """Run the original model forwards and backwards over the calibration tokens; results go to `folder`.
 
-    tick: called `sensitivity_passes` times, whenever a block or the head is done.
+    tick: called `sensitivity_passes` times, whenever a block or the head is done. note: called first with a line on the
+    memory or disk that the pass will take. Raises QuantizationError where there is too little of both.
     """
     hidden, calls = inputs.hidden.clone(), []
     left: dict[Hashable, Any] = {}  # by blocks for later ones
     with TemporaryDirectory(dir=folder) as spill:
+        waiting = WaitingInputs.plan(hidden, len(model.blocks), Path(spill))
+        if note is not None:
+            note(str(waiting))
         for index in range(len(model.blocks)):
-            save_file({"hidden": hidden}, _file(Path(spill), index))
+            waiting.put(index, hidden)
             calls.append(inputs.calls[index].of(dict(left)))
             advance(model.load_block(index), hidden, inputs.calls[index].of(left), model.device)
             tick()
@@ -93,8 +103,7 @@ def measure_sensitivity(
         tick()
         left_gradients: LeftGradients = {}
         for index in reversed(range(len(model.blocks))):
-            hidden = load_file(_file(Path(spill), index))["hidden"]
-            _file(Path(spill), index).unlink()
+            hidden = waiting.take(index)
             found = _block_backward(model, index, hidden, gradient, calls[index], left_gradients)
             save_file(found, _file(folder, index))
             tick()
@@ -108,11 +117,15 @@ def sensitivity_passes(model: StreamedModel) -> int:
 
 @contextmanager
 def measured_in_passing(
-    model: StreamedModel, inputs: Inputs, seed: int, tick: Tick = uncounted
+    model: StreamedModel,
+    inputs: Inputs,
+    seed: int,
+    tick: Tick = uncounted,
+    note: Callable[[str], object] | None = None,
 ) -> Iterator[Sensitivity]:
     """`measure_sensitivity` into a folder that is gone afterwards."""
     with TemporaryDirectory(prefix="babai-") as folder:
-        yield measure_sensitivity(model, inputs, seed, Path(folder), tick)
+        yield measure_sensitivity(model, inputs, seed, Path(folder), tick, note)
 
 
 def _file(folder: Path, index: int) -> Path:

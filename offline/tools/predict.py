@@ -49,7 +49,8 @@ def predict(model: str | Path, options: QuantizeOptions) -> Prediction:
     streamed, inputs, blocks = prepared.model, prepared.inputs, prepared.blocks
     with counting_progress() as progress, ExitStack() as stack:
         with progress.phase("measuring sensitivity", sensitivity_passes(streamed), "passes") as phase:
-            sensitivity = stack.enter_context(measured_in_passing(streamed, inputs, options.seed, phase.advance))
+            measured = measured_in_passing(streamed, inputs, options.seed, phase.advance, phase.note)
+            sensitivity = stack.enter_context(measured)
         with progress.phase("planning", sum(len(part.linears) for part in blocks), "linears") as phase:
             forecasts = forecast_model(streamed, blocks, inputs, sensitivity, options, phase.advance)
     plan = make_plan(forecasts, options)
