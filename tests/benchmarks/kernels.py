@@ -115,26 +115,59 @@ def gemlite(weight: Tensor) -> tuple[Multiply, int]:
 
 
 def marlin(weight: Tensor) -> tuple[Multiply, int]:
-    """Marlin as vLLM has it, 4 bits, groups of 128."""
-    from vllm.model_executor.layers.quantization.utils.marlin_utils import (
-        apply_gptq_marlin_linear,
-        marlin_make_empty_g_idx,
-        marlin_make_workspace_new,
-    )
+    """Marlin as vLLM 0.32 and later call it, 4 bits, groups of 128."""
+    from vllm.model_executor.layers.quantization.utils.marlin_utils import apply_gptq_marlin_linear, marlin_make_empty
     from vllm.scalar_type import scalar_types
 
     rows, columns = weight.shape
     device = weight.device
     packed = torch.randint(-(2**31), 2**31, (columns // 16, rows * 2), dtype=torch.int32, device=device)
     scales = torch.ones(columns // 128, rows, dtype=torch.bfloat16, device=device)
-    empty, workspace = marlin_make_empty_g_idx(device), marlin_make_workspace_new(device)
+    no_zeros = marlin_make_empty(device)
 
     def multiply(x: Tensor) -> Tensor:
         return apply_gptq_marlin_linear(
-            x, packed, scales, empty, empty, empty, workspace, scalar_types.uint4b8, rows, columns, is_k_full=True
+            x,
+            packed,
+            scales,
+            no_zeros,
+            workspace=None,
+            wtype=scalar_types.uint4b8,
+            output_size_per_partition=rows,
+            input_size_per_partition=columns,
         )
 
     return multiply, packed.nbytes + scales.nbytes
+
+
+def humming(weight: Tensor) -> tuple[Multiply, int]:
+    """Humming, on which vLLM depends from 0.32 on, 4 bits, groups of 128."""
+    from vllm.model_executor.layers.quantization.utils.humming import (
+        apply_humming_linear,
+        get_humming_linear_compute_config,
+        prepare_humming_linear_layer_config,
+    )
+    from vllm.utils.humming import create_humming_locks
+
+    rows, columns = weight.shape
+    device = weight.device
+    layer = torch.nn.Module()
+    layer.output_partition_sizes, layer.input_size_per_partition = [rows], columns
+    layer.params_dtype, layer.has_bias = torch.bfloat16, False
+    packed = torch.randint(-(2**31), 2**31, (rows, columns // 8), dtype=torch.int32, device=device)
+    layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+    scales = torch.ones(rows, columns // 128, dtype=torch.bfloat16, device=device)
+    layer.weight_scale = torch.nn.Parameter(scales, requires_grad=False)
+    quantization = {"quant_method": "humming", "dtype": "int4", "group_size": 128, "has_zero_point": False}
+    call = functools.partial(
+        apply_humming_linear,
+        layer,
+        skip_bias_add=True,
+        layer_config=prepare_humming_linear_layer_config(layer, quantization),
+        compute_config=get_humming_linear_compute_config(),
+        locks=create_humming_locks(device),
+    )
+    return call, packed.nbytes + scales.nbytes
 
 
 PEERS = {
@@ -143,6 +176,7 @@ PEERS = {
     "PyTorch fp8": scaled_fp8,
     "gemlite int4": gemlite,
     "Marlin int4": marlin,
+    "Humming int4": humming,
 }
 
 

@@ -1,14 +1,17 @@
 """The parts of the kernel benchmark that need no GPU, on made-up timings."""
 
 import importlib.util
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kernels.py"
 
@@ -57,6 +60,36 @@ def test_a_peer_that_fails_is_left_out(benchmark: ModuleType, monkeypatch: pytes
     monkeypatch.setitem(benchmark.PEERS, "broken", lambda weight: 1 / 0)
     assert not list(benchmark.time_peer("layer", "broken", (8, 8), torch.device("cpu"), (1,), console))
     assert "broken left out" in console.export_text()
+
+
+def test_marlin_is_called_as_the_installed_vllm_has_it(benchmark: ModuleType) -> None:
+    with FakeTensorMode():
+        multiply, bytes_each = benchmark.marlin(torch.empty(256, 512, dtype=torch.bfloat16))
+        y = multiply(torch.empty(3, 512, dtype=torch.bfloat16))
+    assert y.shape == (3, 256)
+    assert bytes_each == 256 * 512 // 2 + 2 * 256 * 4
+
+
+def test_humming_is_called_as_the_installed_vllm_has_it(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its package needs a GPU; vLLM's functions around it are replaced by ones of the same parameters."""
+    from vllm.model_executor.layers.quantization.utils import humming
+    from vllm.utils import humming as package
+
+    def same_parameters(function: Any, result: Any) -> Any:
+        signature = inspect.signature(function)
+        return lambda *arguments, **options: signature.bind(*arguments, **options) and result
+
+    y = torch.zeros(3, 256)
+    for module, name, result in (
+        (humming, "prepare_humming_linear_layer_config", "config"),
+        (humming, "get_humming_linear_compute_config", "{}"),
+        (humming, "apply_humming_linear", y),
+        (package, "create_humming_locks", torch.zeros(1)),
+    ):
+        monkeypatch.setattr(module, name, same_parameters(getattr(module, name), result))
+    multiply, bytes_each = benchmark.humming(torch.empty(256, 512, dtype=torch.bfloat16))
+    assert multiply(torch.empty(3, 512, dtype=torch.bfloat16)) is y
+    assert bytes_each == 256 * 512 // 2 + 2 * 256 * 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
