@@ -1,1 +1,1 @@
-"""Runs compiled kernels on a CPU, PTX instruction by instruction: a tool for the tests, and for whoever has no GPU."""
+"""An executor of PTX on the CPU: what it runs, and what it cannot show, stands in README.md beside this."""
