@@ -18,7 +18,7 @@ from vllm_babai.format.entropy.hptq import MAX_LANES
 from vllm_babai.format.entropy.segments import SEGMENT_WEIGHTS
 from vllm_babai.triton_kernels.coded import MAX_TOKENS
 
-GATE = json.loads((Path(__file__).parents[1] / "kernels" / "gate.json").read_text())["architectures"]
+GATE = json.loads((Path(__file__).parents[1] / "kernels" / "gate.json").read_text())["3.9.0"]  # a version of Triton
 BANDWIDTH, ISSUE = 0.85, 0.7  # assumed; integer instructions, most of ours, are issued at half the rate of others
 OVERFLOW_INSTRUCTIONS = {1: 35, 16: 90}  # per entry, from the fused kernel's machine code; a third of the lanes idle
 STEP_CYCLES = 300  # assumed; from one integer of a lane to its next are two loads and some 20 dependent instructions
