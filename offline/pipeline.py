@@ -52,6 +52,8 @@ def _quantize_parts(prepared: Prepared, folder: RunFolder, options: QuantizeOpti
             hidden = prepared.inputs.hidden
             streams = [hidden, hidden.clone()] if options.drift else [hidden]
             with progress.phase("quantizing", len(wanted), "linears") as phase:
+                for note in prepared.model.notes():
+                    phase.note(note)
                 run = _Run(prepared.model, options, folder, sensitivity, wanted, budget, phase)
                 walk(prepared.model, prepared.parts, prepared.inputs, streams, run.visit)
     return _checkpoint_config(prepared, options, wanted)

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import FORMATS, CheckpointConfig, Format, FormatError, LatticeWeight
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
+from vllm_babai.offline.model.streamed import model_class
 
 Stored = tuple[str, LatticeWeight, dict[str, Tensor], tuple[int, int] | None]
 
@@ -74,7 +74,6 @@ def load_dense(folder: str | Path, device: torch.device) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     state = {name: tensor.float() for name, tensor in dense_tensors(checkpoint)}
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     disable_progress_bar()
-    model = architecture.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    model = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     return model.to(device).eval().requires_grad_(False)

@@ -5,6 +5,7 @@ the first block; a block's weights exist only between `load_block` and the end o
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.call import Call, Injector, Recorder, Recording, StandIn
 from vllm_babai.offline.model.capture import batches
 from vllm_babai.offline.model.checkpoint import Checkpoint
 from vllm_babai.offline.model.fp8 import open_source
+from vllm_babai.offline.model.served import fused_with, stays_dense
 from vllm_babai.offline.model.trial import Tried, try_blocks, without
 from vllm_babai.offline.model.view import CheckpointView, view_checkpoint
 
@@ -88,29 +90,47 @@ class StreamedModel:
     def linears(self, part: str, module: nn.Module | None = None) -> dict[str, nn.Linear]:
         """Full name → linear of `module`, which is the part of that name, and by default the one on the meta device.
 
-        A part is a decoder block or the head. Linears that cannot be quantized are left out, see `unquantizable`.
+        A part is a decoder block or the head. Linears that cannot be quantized are left out, see `left_alone`.
         """
         name = self._module(part)
-        module = self.skeleton.get_submodule(name) if module is None else module
-        spared, found = self.unquantizable(part), {}
-        for linear, each in module.named_modules(prefix=name):
-            stored = self.view.stored_name(f"{linear}.weight")
-            if isinstance(each, nn.Linear) and linear not in spared and stored is not None:
-                found[stored.removesuffix(".weight")] = each
+        modules = self.skeleton.get_submodule(name) if module is None else module
+        spared = self.left_alone[part] if part in self.block_names else {}
+        linears = {n: m for n, m in modules.named_modules(prefix=name) if isinstance(m, nn.Linear) and n not in spared}
+        return {self._stored_linear(n) or n: m for n, m in linears.items()}
+
+    @cached_property
+    def left_alone(self) -> dict[str, dict[str, str]]:
+        """Block → linears in it that have to stay as they are, by transformers' full name, and why."""
+        architecture = type(self.skeleton).__name__
+        found: dict[str, dict[str, str]] = {}
+        stored: dict[str, dict[str, str]] = {}  # block → its other linears: name in the checkpoint → transformers'
+        for part, block, tried in zip(self.block_names, self.blocks, self.tried, strict=True):
+            found[part], stored[part] = {}, {}
+            for linear in (name for name, module in block.named_modules() if isinstance(module, nn.Linear)):
+                full = f"{self._module(part)}.{linear}"
+                name = self._stored_linear(full)
+                if linear not in tried.called:
+                    found[part][full] = "its block never calls it"
+                elif name is None:
+                    found[part][full] = "the checkpoint does not hold its weight as one tensor"
+                elif stays_dense(name, architecture):
+                    found[part][full] = "vLLM has no quantized form of it"
+                else:
+                    stored[part][name.removeprefix(part)] = full
+        everywhere = {name for names in stored.values() for name in names}
+        for part, names in stored.items():
+            for name, full in names.items():
+                others = [other for other in fused_with(name) if other in everywhere and other not in names]
+                if others:  # as blocks that use the keys and values of others, or have no values of their own
+                    found[part][full] = f"vLLM fuses it with {', '.join(others)[1:]}, which is not quantized there"
         return found
 
-    def unquantizable(self, part: str) -> dict[str, str]:
-        """Linears of a part that have to stay as they are, by transformers' full name, and why."""
-        if part not in self.block_names:
-            return {}
-        name, found = self._module(part), {}
-        called = self.tried[self.block_names.index(part)].called
-        for linear, module in self.skeleton.get_submodule(name).named_modules():
-            if isinstance(module, nn.Linear) and linear not in called:
-                found[f"{name}.{linear}"] = "its block never calls it"
-            elif isinstance(module, nn.Linear) and self.view.stored_name(f"{name}.{linear}.weight") is None:
-                found[f"{name}.{linear}"] = "the checkpoint does not hold its weight as one tensor"
-        return found
+    def notes(self) -> list[str]:
+        """What is left alone, a line for each kind of linear."""
+        counts: Counter[tuple[str, str]] = Counter()
+        for part, linears in self.left_alone.items():
+            counts.update((name.removeprefix(f"{self._module(part)}."), reason) for name, reason in linears.items())
+        return [f"{name} of {n} decoder blocks stays as it is: {why}" for (name, why), n in counts.items()]
 
     def load_block(self, index: int) -> nn.Module:
         """A copy of block `index` with its weights. Raises QuantizationError for missing tensors or NaN."""
@@ -189,6 +209,11 @@ class StreamedModel:
         head = self.skeleton.get_output_embeddings()
         return next(name for name, module in self.skeleton.named_modules() if module is head)
 
+    def _stored_linear(self, name: str) -> str | None:
+        """What the checkpoint calls a linear; None where its weight is not stored as one tensor."""
+        stored = self.view.stored_name(f"{name}.weight")
+        return None if stored is None else stored.removesuffix(".weight")
+
     def _module(self, part: str) -> str:
         """What transformers calls a decoder block or the head."""
         return f"{self._list}.{self.block_names.index(part)}" if part in self.block_names else self._head
@@ -264,7 +289,7 @@ def open_streamed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            skeleton = _build(config, dtype)
+            skeleton = model_class(config)._from_config(config, dtype=dtype)
     except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise QuantizationError(f"{source.folder} is not a causal language model: {reason}") from error
@@ -290,12 +315,10 @@ def open_streamed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
     return model
 
 
-def _build(config: Any, dtype: torch.dtype) -> Any:
-    """The model that config.json names, or else transformers' choice for its type."""
+def model_class(config: Any) -> Any:
+    """The class that config.json names, or else transformers' choice for its type. Raises KeyError when it has none."""
     named = getattr(transformers, next(iter(config.architectures or []), ""), None)
-    if named is not None:
-        return named._from_config(config, dtype=dtype)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if named is None else named
 
 
 def _find_blocks(decoder: nn.Module, config: Any) -> str:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import BIT_WIDTHS
+from vllm_babai.offline.model.served import fused_with
 from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.model.walk import Inputs, Part, Stage, factored_groups, walk
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.plan.forecast import OCTAVES, Forecast, forecast
-from vllm_babai.offline.plan.fusion import fused_with
 from vllm_babai.offline.plan.sensitivity import Sensitivity
 from vllm_babai.offline.scales.column_steps import choose_column_steps
 from vllm_babai.offline.solver.factor import Factor

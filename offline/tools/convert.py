@@ -27,8 +27,8 @@ from vllm_babai.format import (
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint
 from vllm_babai.offline.model.dense import count_stored, dense_tensors, stored_linears
 from vllm_babai.offline.model.place import MADE, check_place, check_room, claim
+from vllm_babai.offline.model.served import fused_with
 from vllm_babai.offline.model.writing import copy_companions, save_atomically, write_config, write_index
-from vllm_babai.offline.plan.fusion import fused_with
 from vllm_babai.progress import Tick, counting_progress
 
 ConvertFile = Callable[

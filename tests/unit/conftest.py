@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlamaConfig, PreTrainedConfig
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 BUNDLED = DEMO / "stdlib-6m"
@@ -51,7 +51,9 @@ def save_random_model() -> Callable[..., Path]:
 
     def save(config: PreTrainedConfig, folder: Path, **save_options: Any) -> Path:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        wrapper = hasattr(config, "vision_config")
+        kind = AutoModelForImageTextToText if wrapper else AutoModelForCausalLM
+        model = kind.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "norm.weight")):  # transformers starts them at 0 and 1, which would hide mistakes
                 parameter.data += 0.1 * torch.randn_like(parameter)
