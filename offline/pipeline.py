@@ -62,7 +62,7 @@ def _quantize_parts(prepared: Prepared, folder: RunFolder, options: QuantizeOpti
 def _checkpoint_config(prepared: Prepared, options: QuantizeOptions, wanted: dict[str, Target]) -> CheckpointConfig:
     """A quantized head is always among the overrides, by which the plugin knows it; any other is ignored."""
     model, head = prepared.model, prepared.head
-    ignored = [*([] if head else ["lm_head"]), *_weights_left_alone(model, wanted)]
+    ignored = [*([] if head else ["lm_head"]), *weights_left_alone(model, wanted)]
     scope = model.block_names
     if options.format == "hptq":
         overrides: dict[str, dict[str, int]] = {head: {}} if head else {}
@@ -71,7 +71,7 @@ def _checkpoint_config(prepared: Prepared, options: QuantizeOptions, wanted: dic
     return CheckpointConfig(options.format, options.bits, options.group_size, ignored, overrides, scope=scope)
 
 
-def _weights_left_alone(model: StreamedModel, quantized: Collection[str]) -> list[str]:
+def weights_left_alone(model: StreamedModel, quantized: Collection[str]) -> list[str]:
     """Modules of the decoder blocks with a matrix of their own that stays as it is: convolutions, routers, linears that
     were ignored. In vLLM any of them may be a linear.
     """

@@ -134,3 +134,38 @@ def test_names_follow_the_model(linear: LinearBase) -> None:
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
     assert config.checkpoint.ignore == ["language_model.model.lm.o_proj"]
     assert config.checkpoint.overrides == {"language_model.model.lm.up_proj": {"bits": 8}}
+
+
+def test_classes_that_do_not_say_what_they_fuse(linear: LinearBase) -> None:
+    config = config_of(overrides={f"{LAYER}.{name}": {"bits": 3} for name in FUSED["qkv_proj"]})
+    config.packed_modules_mapping = {}
+    assert config.get_quant_method(linear, f"{LAYER}.qkv_proj").names == [f"{LAYER}.{n}" for n in FUSED["qkv_proj"]]
+    stored_fused = config_of(overrides={f"{LAYER}.qkv_proj": {"bits": 3}})
+    stored_fused.packed_modules_mapping = {}
+    assert stored_fused.get_quant_method(linear, f"{LAYER}.qkv_proj").names == [f"{LAYER}.qkv_proj"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "quantized"),
+    [
+        ("language_model.model.layers.0.self_attn.qkv_proj", True),
+        ("language_model.model.layers.1.mlp.down_proj", True),
+        ("language_model.model.layers.1.mlp.gate", False),  # a router, which the checkpoint names
+        ("language_model.model.layers.11.mlp.down_proj", False),  # an MTP layer after the two blocks
+        ("visual.blocks.0.attn.qkv", False),
+        ("multi_modal_projector.linear_1", False),
+        ("mtp.layers.0.mlp.down_proj", False),
+        ("language_model.lm_head", False),
+    ],
+)
+def test_scope(layer: str, quantized: bool, linear: LinearBase) -> None:
+    blocks = [f"model.language_model.layers.{index}" for index in range(2)]
+    config = config_of(scope=blocks, ignore=["lm_head", f"{blocks[1]}.mlp.gate"])
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model."}))
+    assert isinstance(config.get_quant_method(linear, layer), BabaiLinearMethod) == quantized
+
+
+def test_a_head_outside_of_the_scope_is_quantized_where_it_has_an_override() -> None:
+    checkpoint = CheckpointConfig("ssqr", 4, scope=["model.layers.0"], overrides={"lm_head": {"bits": 5}})
+    assert checkpoint.is_quantized("lm_head")
+    assert not checkpoint.is_quantized("model.embed_tokens")

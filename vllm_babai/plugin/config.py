@@ -18,6 +18,10 @@ from vllm_babai.plugin.readers import READERS
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
+FUSED = {  # what vLLM fuses in classes that do not say so, such as that of StableLM
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
 MOE_LAYERS = {"FusedMoE", "RoutedExperts"}  # the class was renamed between versions of vLLM
 
 
@@ -114,7 +118,9 @@ class BabaiConfig(QuantizationConfig):
     def _checkpoint_names(self, prefix: str) -> list[str]:
         """Names that the linears fused in the layer `prefix` have in the checkpoint, in the order of their rows."""
         parent, dot, name = prefix.rpartition(".")
-        return [parent + dot + shard for shard in self.packed_modules_mapping.get(name, [name])]
+        stored_alone = prefix in self.checkpoint.overrides or prefix in self.checkpoint.ignore
+        unfused = [name] if stored_alone else FUSED.get(name, [name])
+        return [parent + dot + shard for shard in self.packed_modules_mapping.get(name, unfused)]
 
     def _common_scheme(self, prefix: str, names: list[str]) -> LayerScheme | None:
         """Scheme of linears that are fused; None when they are not quantized."""
