@@ -14,10 +14,16 @@ FUSED = (
     ("in_proj_qkv", "in_proj_z"),  # linear attention of Qwen3.5
     ("in_proj_b", "in_proj_a"),
 )
-# Linears that are built without a quantization method, by the class that config.json names and the end of their names.
+# Linears without a quantized form, by the class that config.json names and the end of their names: those built without
+# a method, those whose weight the class's loader rearranges (BLOOM, Falcon) or that the class reads itself (Gemma-3n).
 MAMBA_1 = (".in_proj", ".x_proj", ".dt_proj", ".out_proj")
 DENSE = {
+    "BloomForCausalLM": (".self_attention.query_key_value",),
+    "FalconForCausalLM": (".self_attention.query_key_value",),
+    "FalconH1ForCausalLM": (".mamba.in_proj", ".mamba.out_proj"),
     "FalconMambaForCausalLM": tuple(f".mixer{name}" for name in MAMBA_1),
+    "Gemma3nForCausalLM": (".altup.correction_coefs", ".altup.prediction_coefs", ".altup.modality_router"),
+    "Gemma3nForConditionalGeneration": (".altup.correction_coefs", ".altup.prediction_coefs", ".altup.modality_router"),
     "JambaForCausalLM": tuple(f".mamba{name}" for name in MAMBA_1),
     "MambaForCausalLM": tuple(f".mixer{name}" for name in MAMBA_1),
     "MiniCPM3ForCausalLM": (".self_attn.q_a_proj",),
