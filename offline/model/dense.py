@@ -10,7 +10,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import FORMATS, CheckpointConfig, Format, FormatError, LatticeWeight
+from vllm_babai.format.config import QUANT_METHOD
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
+from vllm_babai.offline.model.fp8 import open_source
 from vllm_babai.offline.model.streamed import model_class
 
 Stored = tuple[str, LatticeWeight, dict[str, Tensor], tuple[int, int] | None]
@@ -68,8 +70,10 @@ def dense_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> Ite
 
 
 def load_dense(folder: str | Path, device: torch.device) -> nn.Module:
-    """A checkpoint, dense or quantized, as a transformers model in float32 and eval mode."""
+    """A checkpoint, dense, in FP8 or quantized by babai, as a transformers model in float32 and eval mode."""
     checkpoint = open_checkpoint(folder)
+    if checkpoint.config().get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
+        checkpoint = open_source(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint.folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

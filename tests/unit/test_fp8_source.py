@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vllm_babai.offline import QuantizationError
+from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
+from vllm_babai.offline.model.dense import load_dense
 from vllm_babai.offline.model.fp8 import dequantize_fp8, open_source
 
 
@@ -106,3 +108,38 @@ def test_other_formats_are_refused_by_name(method: str, name: str, tmp_path: Pat
 def test_a_checkpoint_in_floating_point_stays_itself(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path, {"up.weight": torch.ones(2)}, None)
     assert open_source(checkpoint) is checkpoint
+
+
+def test_what_is_quantized_is_the_fp8_model(tmp_path: Path, short_text: Path, save_random_llama: Any) -> None:
+    source, twin, block = save_random_llama(tmp_path / "fp8"), save_random_llama(tmp_path / "twin"), (48, 40)
+    stored, dequantized = {}, {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        stored[name] = dequantized[name] = weight
+        if name.endswith("_proj.weight"):
+            scales = torch.rand(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1])) / 448 + 1e-3
+            stored[name], stored[f"{name}_scale_inv"] = (weight / scales.mean()).to(torch.float8_e4m3fn), scales
+            dequantized[name] = by_hand(stored[name], scales, block)
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    save_file(dequantized, twin / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+    options = QuantizeOptions(
+        calibration=str(short_text), samples=4, sequence_length=32, paths=1, sensitivity=False, ignore=["o_proj"]
+    )
+    found, expected = (
+        {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for folder in (quantize(each, tmp_path / f"{each.name}-out", options) for each in (source, twin))
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        ignored = name.endswith("o_proj.weight")
+        assert torch.equal(found[name], tensor.bfloat16() if ignored else tensor), name
+    assert (
+        json.loads((tmp_path / "fp8-out" / "config.json").read_text())["quantization_config"]["quant_method"] == "babai"
+    )
+    tokens = torch.arange(20)[None]
+    models = (load_dense(each, torch.device("cpu")) for each in (source, twin))
+    logits, reference = (model(tokens).logits for model in models)
+    assert torch.equal(logits, reference)
