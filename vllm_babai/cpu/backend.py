@@ -1,8 +1,9 @@
 """CPU backend of `babai::matmul`: device layout, and the way to multiply that is fastest for a number of tokens.
 
-Few tokens: the weights are decoded anew for every few of them, the overflow is summed apart. Many: block by block, a
-tile is expanded to bfloat16 integers in the cache, overflow included, and serves hundreds of tokens; integers above 2⁸
-are rounded to bfloat16 there. Many on a processor with AMX: the dequantized weight goes to PyTorch's matmul.
+- Few tokens: the weights are decoded again for every few of them, and the overflow is summed on its own.
+- Many: block by block, a tile is expanded to bfloat16 integers in the cache, overflow included, and serves hundreds of
+  tokens. Integers above 2⁸ are rounded to bfloat16 there.
+- Many on a processor with AMX: the dequantized weight goes to PyTorch's matmul.
 
 Layout: `dense` int32 [tiles, words, 64], see `vllm_babai.cpu.kernel`; `scales` float32 [groups, 64 · tiles]; `entries`
 int32, by tile and block of 128 columns, excess · 2¹⁶ + place in [128 columns, 64 rows]; `offsets` int32
@@ -13,6 +14,7 @@ which then hold most of the overflow as well.
 from collections.abc import Callable
 
 import numba
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,12 +35,14 @@ from vllm_babai.cpu.kernel import (
 )
 from vllm_babai.cpu.loops import dequantize_tiles, run_expanded_tiles, run_tiles, tokens_in_lanes
 from vllm_babai.format import Overflow, integer_range, unpack
-from vllm_babai.ops.layout import DeviceLayout
+from vllm_babai.ops.layout import DeviceLayout, check_shapes
 
 FIELD_WIDTH = {2: 2, 3: 4, 4: 4, 5: 8, 8: 8}  # bits of the checkpoint → bits of a field
-EXPAND_TOKENS = {2: 17, 3: 24, 4: 17, 5: 6, 8: 6}  # by bits, measured: from here on, expanding is faster than decoding
-DEQUANTIZE_TOKENS = 64  # with AMX: from here on, a dequantized matmul
-DEQUANTIZE_TILES = 2  # tiles dequantized at a time
+# By bits: tokens from which expanding is faster than decoding. Measured on an AMD EPYC (Zen 5, AVX512-BF16) with
+# `python tests/benchmarks/cpu_matmul.py --tokens …` for every width.
+EXPAND_TOKENS = {2: 17, 3: 24, 4: 17, 5: 6, 8: 6}
+DEQUANTIZE_TOKENS = 64  # with AMX: from here on, a dequantized matmul. A choice: no processor with AMX was measured.
+DEQUANTIZE_TILES = 2  # dequantized at a time, to stay in the cache; a choice that was not measured
 
 
 def _start_threads() -> None:
@@ -75,11 +79,16 @@ def device_layout(
 def matmul(
     x: Tensor, dense: Tensor, scales: Tensor, entries: Tensor, offsets: Tensor, bits: int, out_features: int
 ) -> Tensor:
-    """x [..., in_features] in bfloat16, float16 or float32 → x Wᵀ [..., out_features] in the same dtype."""
+    """x [..., in_features] in bfloat16, float16 or float32 → x Wᵀ [..., out_features] in the same dtype.
+
+    Raises ValueError when the layout is of other sizes than the arguments say.
+    """
+    layout = DeviceLayout(dense, scales, entries, offsets)
+    _check_sizes(layout, bits, x.shape[-1], out_features)
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     tokens = x.reshape(-1, x.shape[-1])
     multiply = _way_to_multiply(len(tokens), x.dtype, bits)
-    y = multiply(tokens, dense, scales, entries, offsets, FIELD_WIDTH[bits], out_features)
+    y = multiply(tokens, layout, FIELD_WIDTH[bits], out_features)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -89,8 +98,19 @@ def warm_up(layout: DeviceLayout, bits: int, in_features: int, out_features: int
         matmul(torch.zeros(tokens, in_features, dtype=dtype), *layout, bits, out_features)
 
 
+def _check_sizes(layout: DeviceLayout, bits: int, in_features: int, out_features: int) -> None:
+    tiles, words = -(-out_features // TILE_ROWS), -(-in_features // weights_per_word(FIELD_WIDTH[bits]))
+    check_shapes(
+        layout,
+        f"{out_features} × {in_features} with {bits} bits",
+        dense=(tiles, words, TILE_ROWS),
+        scales=(len(layout.scales), tiles * TILE_ROWS),
+        offsets=(tiles * -(-in_features // BLOCK_COLUMNS) + 1,),
+    )
+
+
 def _words(fields: Tensor, width: int) -> Tensor:
-    """Integers [out, in] in range of `width` bits → int32 [tiles, words, 64], padded with zeros."""
+    """Integers [out, in] in the range of `width` bits → int32 [tiles, words, 64], padded with zeros."""
     out_features, in_features = fields.shape
     per_word, half = weights_per_word(width), integer_range(width)[0]
     padded = torch.nn.functional.pad(fields, (0, -in_features % per_word, 0, -out_features % TILE_ROWS))
@@ -142,28 +162,21 @@ def _arithmetic(dtype: torch.dtype) -> Arithmetic:
     return Bfloat16() if dtype == torch.bfloat16 and has_bfloat16() else Float32()
 
 
-def _multiply_packed(
-    x: Tensor, dense: Tensor, scales: Tensor, entries: Tensor, offsets: Tensor, width: int, out_features: int
-) -> Tensor:
+def _multiply_packed(x: Tensor, layout: DeviceLayout, width: int, out_features: int) -> Tensor:
+    """For few tokens, see `run_tiles`."""
     if x.dtype == torch.float16:
-        return _multiply_packed(x.float(), dense, scales, entries, offsets, width, out_features).half()
+        return _multiply_packed(x.float(), layout, width, out_features).half()
     arithmetic = _arithmetic(x.dtype)
     tokens, in_features = x.shape
-    padded = _padded(x, dense, width)
+    padded = _padded(x, layout.dense, width)
     activations = padded.float() if isinstance(arithmetic, Float32) else padded
     by_column = tokens_in_lanes(activations.float().numpy())
     y = torch.empty(tokens, out_features, dtype=x.dtype)
     run_tiles(
-        dense_kernels(arithmetic, width),
-        overflow_kernels()[by_column.shape[2]],
-        activations.data_ptr(),
-        activations.stride(0) * activations.element_size(),
-        dense.numpy(),
-        scales.numpy(),
-        by_column,
-        entries.numpy(),
-        offsets.numpy(),
-        _group_shift(scales, in_features),
+        (dense_kernels(arithmetic, width), overflow_kernels()[by_column.shape[2]]),
+        (activations.data_ptr(), activations.stride(0) * activations.element_size(), by_column),
+        _arrays(layout),
+        _group_shift(layout.scales, in_features),
         (y.view(torch.uint16) if y.dtype == torch.bfloat16 else y).numpy(),
     )
     return y
@@ -175,46 +188,41 @@ def _padded(x: Tensor, dense: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous()
 
 
-def _multiply_expanded(
-    x: Tensor, dense: Tensor, scales: Tensor, entries: Tensor, offsets: Tensor, width: int, out_features: int
-) -> Tensor:
+def _multiply_expanded(x: Tensor, layout: DeviceLayout, width: int, out_features: int) -> Tensor:
+    """For many tokens, see `run_expanded_tiles`."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK_COLUMNS))
     by_block = padded.unflatten(1, (-1, BLOCK_COLUMNS)).transpose(0, 1).contiguous()
     y = torch.empty(len(x), out_features, dtype=x.dtype)
     run_expanded_tiles(
-        dense_kernels(Bfloat16(), 16),
-        expand_kernel(width),
-        insert_kernel(),
+        (dense_kernels(Bfloat16(), 16), expand_kernel(width), insert_kernel()),
         16 // width,
         by_block.view(torch.uint16).numpy(),
-        dense.numpy(),
-        scales.numpy(),
-        entries.numpy(),
-        offsets.numpy(),
+        _arrays(layout),
         y.view(torch.uint16).numpy(),
     )
     return y
 
 
-def _multiply_dequantized(
-    x: Tensor, dense: Tensor, scales: Tensor, entries: Tensor, offsets: Tensor, width: int, out_features: int
-) -> Tensor:
+def _multiply_dequantized(x: Tensor, layout: DeviceLayout, width: int, out_features: int) -> Tensor:
+    """For many tokens on a processor with AMX: some tiles are dequantized at a time, for PyTorch's matmul."""
     in_features = x.shape[1]
     blocks = -(-in_features // BLOCK_COLUMNS)
+    columns = layout.dense.shape[1] * weights_per_word(width)
     y = x.new_empty(len(x), out_features)
-    for tile in range(0, len(dense), DEQUANTIZE_TILES):
-        tiles = dense[tile : tile + DEQUANTIZE_TILES]
-        weight = torch.empty(dense.shape[1] * weights_per_word(width), len(tiles) * TILE_ROWS, dtype=torch.float32)
-        first_row = tile * TILE_ROWS
+    for tile in range(0, len(layout.dense), DEQUANTIZE_TILES):
+        dense, first_row = layout.dense[tile : tile + DEQUANTIZE_TILES], tile * TILE_ROWS
+        offsets = layout.offsets[tile * blocks : (tile + len(dense)) * blocks + 1]
+        weight = torch.empty(columns, len(dense) * TILE_ROWS, dtype=torch.float32)
         dequantize_tiles(
             dequantize_kernel(width),
-            tiles.numpy(),
-            scales[:, first_row:].numpy(),
-            entries.numpy(),
-            offsets[tile * blocks : (tile + len(tiles)) * blocks + 1].numpy(),
-            _group_shift(scales, in_features),
+            _arrays(DeviceLayout(dense, layout.scales[:, first_row:], layout.entries, offsets)),
+            _group_shift(layout.scales, in_features),
             weight.numpy(),
         )
         rows = min(weight.shape[1], out_features - first_row)
         y[:, first_row : first_row + rows] = x @ weight[:in_features, :rows].to(x.dtype)
     return y
+
+
+def _arrays(layout: DeviceLayout) -> tuple[np.ndarray, ...]:
+    return tuple(tensor.numpy() for tensor in layout)

@@ -5,6 +5,7 @@ Addresses are 64-bit integers here, as Python and numba hand them over; vectors 
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -13,6 +14,9 @@ from vllm_babai.llvm import I16, I32, I64, declare
 
 F32 = ir.FloatType()
 I16x32, I32x16, F32x16 = ir.VectorType(I16, 32), ir.VectorType(I32, 16), ir.VectorType(F32, 16)
+
+
+Arguments = TypeVar("Arguments", bound=Any)
 
 
 class BfloatType(ir.Type):
@@ -31,13 +35,16 @@ class BfloatType(ir.Type):
 BF16x32 = ir.VectorType(BfloatType(), 32)
 
 
-def new_function(name: str, arguments: int) -> tuple[ir.IRBuilder, Sequence[ir.Value]]:
-    """A function of integer arguments (addresses are integers too), and a builder at its start."""
-    function = ir.Function(ir.Module(name), ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
+def new_function(name: str, arguments: type[Arguments]) -> tuple[ir.IRBuilder, Arguments]:
+    """A function of integer arguments, addresses among them: a builder at its start, and the arguments by name.
+
+    arguments: a NamedTuple whose fields are the arguments in their order.
+    """
+    function = ir.Function(ir.Module(name), ir.FunctionType(ir.VoidType(), [I64] * len(arguments._fields)), name)
     # Processors that would rather use 256-bit vectors must not split those of `Bfloat16`. llvmlite's `add` knows no
     # attributes that are strings.
     set.add(function.attributes, '"min-legal-vector-width"="512" "prefer-vector-width"="512"')
-    return ir.IRBuilder(function.append_basic_block()), function.args
+    return ir.IRBuilder(function.append_basic_block()), arguments(*function.args)
 
 
 def loop(

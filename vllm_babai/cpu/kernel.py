@@ -21,6 +21,13 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 
+from vllm_babai.cpu.arguments import (
+    DenseArguments,
+    DequantizeArguments,
+    ExpandArguments,
+    InsertArguments,
+    OverflowArguments,
+)
 from vllm_babai.cpu.ir import (
     F32,
     BF16x32,
@@ -161,23 +168,18 @@ def dequantize_kernel(width: int) -> int:
 
 
 def _dense_module(arithmetic: Arithmetic, width: int, tokens: int) -> ir.Module:
-    """dense(x, words, scales, y, x_stride, scale_stride, y_stride, groups, words_per_group), strides in bytes.
-
-    y[token, row] += Σ over groups of scale[group, row] · Σ x[token, k] · integer[row, k], for the rows of a tile.
-    """
-    builder, arguments = new_function(f"dense_{arithmetic.name}_{width}_{tokens}", 9)
-    x, words, scales, y, x_stride, scale_stride, y_stride, groups, words_per_group = arguments
+    builder, args = new_function(f"dense_{arithmetic.name}_{width}_{tokens}", DenseArguments)
     x_bytes_per_word = weights_per_word(width) * arithmetic.activation_bytes
-    x_rows = [builder.add(x, builder.mul(x_stride, I64(m))) for m in range(tokens)]
-    y_rows = [builder.add(y, builder.mul(y_stride, I64(m))) for m in range(tokens)]
+    x_rows = [builder.add(args.x, builder.mul(args.x_stride, I64(m))) for m in range(tokens)]
+    y_rows = [builder.add(args.y, builder.mul(args.y_stride, I64(m))) for m in range(tokens)]
     sums_of_tile = [(m, i) for m in range(tokens) for i in range(VECTORS)]
 
     def one_group(group: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
-        first_word = builder.mul(group, words_per_group)
+        first_word = builder.mul(group, args.words_per_group)
 
         def one_word(k: ir.Value, totals: Sequence[ir.Value]) -> list[ir.Value]:
             word = builder.add(first_word, k)
-            word_at = builder.add(words, builder.mul(word, I64(4 * TILE_ROWS)))
+            word_at = builder.add(args.words, builder.mul(word, I64(4 * TILE_ROWS)))
             x_offset = builder.mul(word, I64(x_bytes_per_word))
             packed = [load(builder, offset(builder, word_at, 4 * LANES * i), I32x16) for i in range(VECTORS)]
             if width < 16:  # expanded words are in the cache already
@@ -194,66 +196,61 @@ def _dense_module(arithmetic: Arithmetic, width: int, tokens: int) -> ir.Module:
                         sums[m, i] = arithmetic.multiply_add(builder, factor, activation, sums[m, i])
             return list(sums.values())
 
-        totals = loop(builder, words_per_group, [constant(F32x16, 0.0)] * len(sums_of_tile), one_word)
-        scale_at = builder.add(scales, builder.mul(group, scale_stride))
+        totals = loop(builder, args.words_per_group, [constant(F32x16, 0.0)] * len(sums_of_tile), one_word)
+        scale_at = builder.add(args.scales, builder.mul(group, args.scale_stride))
         scale = [load(builder, offset(builder, scale_at, 4 * LANES * i), F32x16) for i in range(VECTORS)]
         for (m, i), total in zip(sums_of_tile, totals, strict=True):
             address = offset(builder, y_rows[m], 4 * LANES * i)
             store(builder, fma(builder, total, scale[i], load(builder, address, F32x16)), address)
         return []
 
-    loop(builder, groups, [], one_group)
+    loop(builder, args.groups, [], one_group)
     builder.ret_void()
     return builder.module
 
 
 def _overflow_module(lanes: int) -> ir.Module:
-    """overflow(x, entries, offsets, blocks, scales, scale_stride, group_shift, out), strides in bytes.
-
-    out[row, lane] += Σ over entries of the tile of scale[column >> group_shift, row] · excess · x[column, lane].
-    x: float32 [columns, lanes]. entries, offsets: see `vllm_babai.cpu.backend`; from the tile's first block on.
-    """
-    builder, arguments = new_function(f"overflow_{lanes}", 8)
-    x, entries, offsets, blocks, scales, scale_stride, group_shift, out = arguments
+    builder, args = new_function(f"overflow_{lanes}", OverflowArguments)
     vector = ir.VectorType(F32, lanes)
 
     def one_block(block: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
-        offset_at = builder.add(offsets, builder.mul(block, I64(4)))
+        offset_at = builder.add(args.offsets, builder.mul(block, I64(4)))
         first = builder.sext(load(builder, offset_at, I32), I64)
         last = builder.sext(load(builder, offset(builder, offset_at, 4), I32), I64)
         first_column = builder.mul(block, I64(BLOCK_COLUMNS))
 
         def one_entry(k: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
-            entry_at = builder.add(entries, builder.mul(builder.add(first, k), I64(4)))
+            entry_at = builder.add(args.entries, builder.mul(builder.add(first, k), I64(4)))
             entry = load(builder, entry_at, I32)
             excess = builder.sitofp(builder.ashr(entry, I32(16)), F32)
             place = builder.zext(entry, I64)
             row = builder.urem(place, I64(TILE_ROWS))
             column = builder.add(first_column, builder.urem(builder.udiv(place, I64(TILE_ROWS)), I64(BLOCK_COLUMNS)))
-            scale_of_group = builder.add(scales, builder.mul(builder.lshr(column, group_shift), scale_stride))
+            scale_of_group = builder.add(
+                args.scales, builder.mul(builder.lshr(column, args.group_shift), args.scale_stride)
+            )
             scale = load(builder, builder.add(scale_of_group, builder.mul(row, I64(4))), F32)
-            activation = load(builder, builder.add(x, builder.mul(column, I64(4 * lanes))), vector)
+            activation = load(builder, builder.add(args.x, builder.mul(column, I64(4 * lanes))), vector)
             factor = splat(builder, builder.fmul(excess, scale), vector)
-            out_at = builder.add(out, builder.mul(row, I64(4 * lanes)))
+            out_at = builder.add(args.out, builder.mul(row, I64(4 * lanes)))
             store(builder, fma(builder, factor, activation, load(builder, out_at, vector)), out_at)
             return []
 
         loop(builder, builder.sub(last, first), [], one_entry)
         return []
 
-    loop(builder, blocks, [], one_block)
+    loop(builder, args.blocks, [], one_block)
     builder.ret_void()
     return builder.module
 
 
 def _expand_module(width: int) -> ir.Module:
-    """expand(words, count, pairs): fields of `width` bits → words of width 16, which hold two bfloat16 integers."""
-    builder, (words, count, pairs) = new_function(f"expand_{width}", 3)
+    builder, args = new_function(f"expand_{width}", ExpandArguments)
     fields = 16 // width
 
     def one_word(word: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
-        word_at = builder.add(words, builder.mul(word, I64(4 * TILE_ROWS)))
-        pairs_at = builder.add(pairs, builder.mul(word, I64(4 * TILE_ROWS * fields)))
+        word_at = builder.add(args.words, builder.mul(word, I64(4 * TILE_ROWS)))
+        pairs_at = builder.add(args.pairs, builder.mul(word, I64(4 * TILE_ROWS * fields)))
         for i in range(VECTORS):
             prefetch(builder, offset(builder, word_at, PREFETCH_BYTES + 4 * LANES * i))
         for i in range(VECTORS):
@@ -262,7 +259,7 @@ def _expand_module(width: int) -> ir.Module:
                 store(builder, pair, offset(builder, pairs_at, 4 * (TILE_ROWS * p + LANES * i)))
         return []
 
-    loop(builder, count, [], one_word)
+    loop(builder, args.count, [], one_word)
     builder.ret_void()
     return builder.module
 
@@ -284,18 +281,17 @@ def _expand(builder: ir.IRBuilder, packed: ir.Value, width: int) -> list[ir.Valu
 
 
 def _insert_module() -> ir.Module:
-    """insert(entries, count, pairs): pairs of bfloat16 integers += the entries of their block, rounded to bfloat16."""
-    builder, (entries, count, pairs) = new_function("insert", 3)
+    builder, args = new_function("insert", InsertArguments)
 
     def one_entry(k: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
-        entry_at = builder.add(entries, builder.mul(k, I64(4)))
+        entry_at = builder.add(args.entries, builder.mul(k, I64(4)))
         entry = load(builder, entry_at, I32)
         excess = builder.sitofp(builder.ashr(entry, I32(16)), F32)
         place = builder.zext(entry, I64)
         row = builder.urem(place, I64(TILE_ROWS))
         column = builder.urem(builder.udiv(place, I64(TILE_ROWS)), I64(BLOCK_COLUMNS))
         pair_at = builder.add(builder.mul(builder.udiv(column, I64(2)), I64(4 * TILE_ROWS)), builder.mul(row, I64(4)))
-        weight_at = builder.add(pairs, builder.add(pair_at, builder.mul(builder.urem(column, I64(2)), I64(2))))
+        weight_at = builder.add(args.pairs, builder.add(pair_at, builder.mul(builder.urem(column, I64(2)), I64(2))))
         dense = builder.shl(builder.zext(load(builder, weight_at, I16), I32), I32(16))
         total = builder.bitcast(builder.fadd(builder.bitcast(dense, F32), excess), I32)
         odd = builder.and_(builder.lshr(total, I32(16)), I32(1))
@@ -303,40 +299,36 @@ def _insert_module() -> ir.Module:
         store(builder, builder.trunc(rounded, I16), weight_at)
         return []
 
-    loop(builder, count, [], one_entry)
+    loop(builder, args.count, [], one_entry)
     builder.ret_void()
     return builder.module
 
 
 def _dequantize_module(width: int) -> ir.Module:
-    """dequantize(words, scales, weight, scale_stride, weight_stride, groups, words_per_group), strides in bytes.
-
-    weight[k, row] = scale[group, row] · integer[row, k], float32, for the rows of a tile.
-    """
-    builder, arguments = new_function(f"dequantize_{width}", 7)
-    words, scales, weight, scale_stride, weight_stride, groups, words_per_group = arguments
+    builder, args = new_function(f"dequantize_{width}", DequantizeArguments)
     arithmetic = Float32()
 
     def one_group(group: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
-        scale_at = builder.add(scales, builder.mul(group, scale_stride))
+        scale_at = builder.add(args.scales, builder.mul(group, args.scale_stride))
         scale = [load(builder, offset(builder, scale_at, 4 * LANES * i), F32x16) for i in range(VECTORS)]
 
         def one_word(k: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
-            word = builder.add(builder.mul(group, words_per_group), k)
-            word_at = builder.add(words, builder.mul(word, I64(4 * TILE_ROWS)))
-            weight_at = builder.add(weight, builder.mul(word, builder.mul(weight_stride, I64(weights_per_word(width)))))
+            word = builder.add(builder.mul(group, args.words_per_group), k)
+            word_at = builder.add(args.words, builder.mul(word, I64(4 * TILE_ROWS)))
+            line = builder.mul(args.weight_stride, I64(weights_per_word(width)))
+            weight_at = builder.add(args.weight, builder.mul(word, line))
             for i in range(VECTORS):
                 packed = load(builder, offset(builder, word_at, 4 * LANES * i), I32x16)
                 for k_in_word, field in enumerate(arithmetic.fields(width)):
                     shifted = builder.lshr(packed, constant(I32x16, field.shift))
                     value = builder.fmul(arithmetic.decode(builder, shifted, field, width), scale[i])
-                    row_at = builder.add(weight_at, builder.mul(weight_stride, I64(k_in_word)))
+                    row_at = builder.add(weight_at, builder.mul(args.weight_stride, I64(k_in_word)))
                     store(builder, value, offset(builder, row_at, 4 * LANES * i))
             return []
 
-        loop(builder, words_per_group, [], one_word)
+        loop(builder, args.words_per_group, [], one_word)
         return []
 
-    loop(builder, groups, [], one_group)
+    loop(builder, args.groups, [], one_group)
     builder.ret_void()
     return builder.module
