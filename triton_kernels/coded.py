@@ -58,7 +58,7 @@ def _multiply_fused(x: Tensor, coded: CodedTensors) -> Tensor:
         BACKEND=Target.of(x.device).backend,
         num_warps=1,
     )
-    return partial.sum(0)[:, : len(x)].t()
+    return partial.sum(0)[:, : len(x)].t().contiguous()
 
 
 @triton.jit(do_not_specialize=["groups"])

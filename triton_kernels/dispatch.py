@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from vllm_babai.ops.layout import DeviceLayout
+from vllm_babai.ops.layout import DeviceLayout, check_shapes
 from vllm_babai.triton_kernels.configs import BUCKETS, Target, bucket, table_for
 from vllm_babai.triton_kernels.dequantize import multiply_dequantized
 from vllm_babai.triton_kernels.fused import multiply_fused
-from vllm_babai.triton_kernels.layout import MAX_M_TILES, Geometry
+from vllm_babai.triton_kernels.layout import MAX_M_TILES, PAIRS, TILE_ROWS, Geometry
 
 ALIGNMENT = 16  # bytes; Triton compiles a kernel again for a pointer that is less aligned
 
@@ -19,13 +19,25 @@ def matmul(
 
     dense, scales, entries, offsets: the layer's `device_layout`. Accumulates in fp32; deterministic. The counters in
     `offsets` are used during the call and zero again after it, so one layer may not run on two streams at once.
+    Raises ValueError when the layout is of other sizes than the arguments say.
     """
     layout = DeviceLayout(dense, scales, entries, offsets)
     geometry = Geometry(bits, x.shape[-1], out_features)
+    _check_sizes(layout, geometry)
     tokens = x.reshape(-1, geometry.in_features).contiguous()
     if tokens.data_ptr() % ALIGNMENT:
         tokens = tokens.clone()
     return _multiply(tokens, layout, geometry).view(*x.shape[:-1], out_features)
+
+
+def _check_sizes(layout: DeviceLayout, geometry: Geometry) -> None:
+    check_shapes(
+        layout,
+        f"{geometry.out_features} × {geometry.in_features} with {geometry.bits} bits",
+        dense=(geometry.padded_rows // TILE_ROWS, geometry.column_blocks, geometry.words, TILE_ROWS, PAIRS),
+        scales=(len(layout.scales), geometry.padded_rows),
+        offsets=(geometry.starts + geometry.panels * geometry.padded_rows + 1,),
+    )
 
 
 def _multiply(x: Tensor, layout: DeviceLayout, geometry: Geometry) -> Tensor:

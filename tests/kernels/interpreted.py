@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_babai.format import SSQR, LatticeWeight, decode_overflow, integer_range
+from vllm_babai.format.entropy.hptq import encode_integers, read_blob
+from vllm_babai.format.entropy.segments import cut_segments
+from vllm_babai.ops.coded import coded_tensors
 from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels import dequantize as dequantization
-from vllm_babai.triton_kernels import device_layout, dispatch, matmul, warm_up
+from vllm_babai.triton_kernels import device_layout, dispatch, matmul, multiply_coded, warm_up
 from vllm_babai.triton_kernels.configs import BUCKETS, Target
 from vllm_babai.triton_kernels.dequantize import dequantize
 from vllm_babai.triton_kernels.layout import Geometry
@@ -201,3 +204,34 @@ def test_shares_of_one_column_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Target, "of", lambda device: wide)
     for bits in BIT_WIDTHS:
         check(random_weight(bits, 64, 2500), bits, torch.randn(1, 2500).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("lead", "dtype"),
+    [
+        *(((tokens,), torch.bfloat16) for tokens in range(6)),
+        ((2, 1, 2), torch.bfloat16),
+        ((2,), torch.float16),
+        ((2,), torch.float32),
+    ],
+)
+def test_results_are_contiguous_as_the_fakes_say(lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    rows, columns = 3, 32  # the interpreter takes a step per weight of such a small code
+    weight = LatticeWeight(torch.randint(-3, 4, (rows, columns), dtype=torch.int16), torch.ones(rows, 1).bfloat16())
+    segments = cut_segments(read_blob(encode_integers(weight.integers, 0)), slice(0, rows), slice(0, columns))
+    coded = coded_tensors(segments, weight.scales, torch.device("cpu"))
+    x = torch.randn(columns, *lead).to(dtype).movedim(0, -1)
+    for y in (matmul(x, *layout_of(weight, 4), 4, rows), multiply_coded(x, coded)):
+        assert (y.shape, y.dtype) == ((*lead, rows), dtype)
+        assert y.stride() == x.new_empty(*lead, rows).stride()
+        torch.testing.assert_close(y.float(), x.float() @ weight.dequantize().t(), atol=0.3, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("bits", "columns", "rows"), [(3, 256, 96), (8, 256, 96), (4, 2304, 96), (4, 256, 160), (4, 512, 96)]
+)
+def test_a_layout_of_another_linear_is_refused(bits: int, columns: int, rows: int) -> None:
+    """As a graph calls the op that was compiled for other weights: an error, not memory out of bounds."""
+    layout = layout_of(random_weight(4, 96, 256), 4)
+    with pytest.raises(ValueError, match=f"{rows} × {columns} with {bits} bits: it has .*compile_cache"):
+        matmul(torch.randn(3, columns).bfloat16(), *layout, bits, rows)

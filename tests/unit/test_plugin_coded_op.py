@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_babai.cpu import entropy as cpu_entropy
 from vllm_babai.format import LatticeWeight
@@ -63,6 +64,17 @@ def test_half_precision_has_room_for_large_integers() -> None:
     weight = LatticeWeight(integers, torch.full((8, 1), 1e-9).bfloat16())
     y = torch.ops.babai.coded_matmul(torch.full((1, 32), 1000.0, dtype=torch.float16), *tensors_of(weight))
     torch.testing.assert_close(y, torch.full((1, 8), 0.96, dtype=torch.float16), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("lead", [(0,), (1,), (2,), (3,), (4,), (5,), (2, 1, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_result_is_laid_out_as_the_fake_says(lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensors = tensors_of(random_weight(96, 64))
+    for x in (torch.randn(*lead, 64).to(dtype), torch.randn(64, *lead).to(dtype).movedim(0, -1)):
+        y = torch.ops.babai.coded_matmul(x, *tensors)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = torch.ops.babai.coded_matmul(mode.from_tensor(x), *tensors)
+        assert (y.shape, y.stride(), y.dtype, y.device) == (fake.shape, fake.stride(), fake.dtype, fake.device)
 
 
 def test_opcheck() -> None:

@@ -1,12 +1,14 @@
 """`quantization_config` in vLLM: registration, which layers are quantized and how, errors that say what to do."""
 
+import json
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedConfig
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.models.utils import WeightsMapper
@@ -17,6 +19,7 @@ from vllm_babai.plugin.config import BabaiConfig
 from vllm_babai.plugin.linear import BabaiLinearMethod
 from vllm_babai.plugin.residency import RESIDENCIES
 
+BUNDLED = Path(__file__).parents[2] / "deploy" / "demo" / "stdlib-6m"
 LAYER = "model.layers.0.self_attn"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -169,3 +172,21 @@ def test_a_head_outside_of_the_scope_is_quantized_where_it_has_an_override() -> 
     checkpoint = CheckpointConfig("ssqr", 4, scope=["model.layers.0"], overrides={"lm_head": {"bits": 5}})
     assert checkpoint.is_quantized("lm_head")
     assert not checkpoint.is_quantized("model.embed_tokens")
+
+
+def compile_key(folder: Path, overrides: dict[str, str], **fields: object) -> str:
+    """What vLLM names compiled graphs by, for a checkpoint in this folder with these fields in quantization_config."""
+    config = json.loads((BUNDLED / "config.json").read_text())
+    config["quantization_config"] = CheckpointConfig("hptq").to_dict() | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    vllm_babai.register()
+    model = ModelConfig(model=str(folder), skip_tokenizer_init=True, hf_overrides=overrides)
+    return model.compute_hash()  # the part of VllmConfig.compute_hash that knows the model
+
+
+def test_weights_and_residency_are_in_the_key_of_compiled_graphs(tmp_path: Path) -> None:
+    """Quantized again to the same folder, a checkpoint of the same format must not meet graphs made for the old one."""
+    first = compile_key(tmp_path, {}, digest="0" * 64)
+    assert first == compile_key(tmp_path, {}, digest="0" * 64)
+    assert first != compile_key(tmp_path, {}, digest="1" * 64)
+    assert first != compile_key(tmp_path, {"babai_residency": "coded"}, digest="0" * 64)

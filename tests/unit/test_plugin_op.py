@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_babai.cpu import backend as cpu
 from vllm_babai.cpu import loops as cpu_loops
@@ -170,6 +171,27 @@ def test_default_dtype_does_not_matter() -> None:
         assert torch.equal(multiply(x, weight, 4), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("lead", [(0,), (1,), (2,), (3,), (4,), (5,), (2, 1, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_result_is_laid_out_as_the_fake_says(lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    layout = layout_of(random_weight(96, 64, 4), 4)
+    for x in (torch.randn(*lead, 64).to(dtype), torch.randn(64, *lead).to(dtype).movedim(0, -1)):
+        y = torch.ops.babai.matmul(x, *layout, 4, 96)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = torch.ops.babai.matmul(mode.from_tensor(x), *layout, 4, 96)
+        assert (y.shape, y.stride(), y.dtype, y.device) == (fake.shape, fake.stride(), fake.dtype, fake.device)
+
+
+@pytest.mark.parametrize(
+    ("bits", "in_features", "out_features"), [(8, 128, 96), (2, 128, 96), (4, 256, 96), (4, 128, 160), (4, 128, 32)]
+)
+def test_a_layout_of_another_linear_is_refused(bits: int, in_features: int, out_features: int) -> None:
+    """As a graph calls the op that was compiled for other weights: an error, not memory out of bounds."""
+    layout = layout_of(random_weight(96, 128, 4), 4)
+    with pytest.raises(ValueError, match=f"{out_features} × {in_features} with {bits} bits: it has .*compile_cache"):
+        torch.ops.babai.matmul(torch.randn(3, in_features), *layout, bits, out_features)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -1,6 +1,6 @@
 """The device layout of a dense + sparse weight: the tensors that the custom op `babai::matmul` takes for one linear."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,3 +15,19 @@ class DeviceLayout(NamedTuple):
     scales: Tensor
     entries: Tensor
     offsets: Tensor
+
+
+def check_shapes(layout: DeviceLayout, layer: str, **shapes: tuple[int, ...]) -> None:
+    """Compare tensors of a layout with the shapes that the op's other arguments demand, before a kernel reads them.
+
+    layer: those arguments in words. Raises ValueError for tensors of another layer, as a graph passes them that was
+    compiled before the checkpoint was quantized again in the same folder.
+    """
+    tensors: dict[str, Any] = layout._asdict()
+    wrong = [name for name, shape in shapes.items() if tensors[name].shape != shape]
+    if wrong:
+        found = ", ".join(f"{name} {list(tensors[name].shape)}, not {list(shapes[name])}" for name in wrong)
+        raise ValueError(
+            f"the weight does not belong to a linear of {layer}: it has {found}. If the checkpoint was quantized "
+            "again, remove what vLLM compiled for it before: ~/.cache/vllm/torch_compile_cache"
+        )
