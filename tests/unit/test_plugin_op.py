@@ -1,10 +1,13 @@
 """The op `babai::matmul` on the CPU: against float64, in every width, grouping and dtype, eagerly and compiled."""
 
+import ctypes
 import runpy
 import subprocess
 import sys
+from typing import Any
 
 import numba.core.caching
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vllm_babai.cpu import backend as cpu
 from vllm_babai.cpu import loops as cpu_loops
+from vllm_babai.cpu.arguments import DenseArguments, ExpandArguments, InsertArguments
 from vllm_babai.cpu.kernel import Bfloat16, has_bfloat16
 from vllm_babai.format import SSQR, LatticeWeight, decode_overflow, integer_range
 from vllm_babai.ops.backends import backend
@@ -129,6 +133,32 @@ def test_expanded_tiles_hold_the_lattice_point(bits: int, monkeypatch: pytest.Mo
     expected = weight.integers.bfloat16().float() * weight.scales.float()
     y = multiply(torch.eye(300, dtype=torch.bfloat16), weight, bits)
     assert torch.equal(y.t(), expected.bfloat16())
+
+
+def test_expanded_tiles_call_every_kernel_with_its_arguments() -> None:
+    """The loop for many tokens on any processor, with kernels that only note how they are called."""
+    calls: list[tuple[str, tuple[int, ...]]] = []
+
+    def noting(name: str, arguments: int) -> Any:
+        return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(lambda *given: calls.append((name, given)))
+
+    dense, expand, insert = (noting(name, count) for name, count in (("dense", 9), ("expand", 3), ("insert", 3)))
+    addresses = [ctypes.cast(kernel, ctypes.c_void_p).value for kernel in (dense, expand, insert)]
+    words, entries = np.zeros((1, 32, 64), np.int32), np.zeros(3, np.int32)
+    scales, offsets = np.zeros((1, 64), np.float32), np.array([0, 2, 3], np.int32)
+    x, y = np.zeros((2, 2, 128), np.uint16), np.zeros((2, 64), np.uint16)
+    kernels = ((addresses[0],) * 6, *addresses[1:])
+    cpu_loops.run_expanded_tiles(kernels, 4, x, (words, scales, entries, offsets), y)
+
+    assert [name for name, _ in calls] == ["expand", "insert", "dense"] * 2
+    for block in range(2):
+        expanding, inserting, multiplying = (given for _, given in calls[3 * block : 3 * block + 3])
+        pairs = expanding[2]
+        assert expanding == ExpandArguments(words.ctypes.data + 16 * block * 256, 16, pairs)
+        assert inserting == InsertArguments(entries.ctypes.data + 8 * block, 2 - block, pairs)
+        result = multiplying[3]
+        x_at = x.ctypes.data + block * x[0].nbytes
+        assert multiplying == DenseArguments(x_at, pairs, scales.ctypes.data, result, 256, 256, 256, 1, 64)
 
 
 @pytest.mark.parametrize("bits", BITS)

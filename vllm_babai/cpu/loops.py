@@ -116,7 +116,9 @@ def run_expanded_tiles(kernels, fields, x, layout, y):
                 index = tile * blocks + block
                 first, last = offsets[index], offsets[index + 1]
                 entries_at = entries.ctypes.data + 4 * first
-                _call(insert_kernel, InsertArguments(entries_at, count=last - first, pairs=expanded.ctypes.data))
+                _call(
+                    insert_kernel, InsertArguments(entries=entries_at, count=last - first, pairs=expanded.ctypes.data)
+                )
                 scales_at = scales.ctypes.data + first_word // words_per_group * scale_stride + first_row * 4
                 groups_here = max(1, words_here // words_per_group)
                 scaling = (scales_at, scale_stride, groups_here, words_here * fields // groups_here)
