@@ -1,5 +1,6 @@
 """The command `babai`."""
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,14 +8,15 @@ from dataclasses import MISSING, Field, asdict, fields, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_type_hints
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from vllm_babai.offline.options import QuantizeOptions, torch_dtype
+from vllm_babai.errors import FormatError, QuantizationError
+from vllm_babai.offline.options import QuantizeOptions, check_given, torch_dtype
 
 if TYPE_CHECKING:
     from vllm_babai.offline.tools.evaluate import Evaluation
@@ -25,6 +27,18 @@ app = typer.Typer(help="Lattice quantization of large language models.", no_args
 Model = Annotated[str, typer.Argument(help="Model folder, or its name on the Hugging Face hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
+
+# What of the user's file system can stop a command wherever it writes → what helps.
+FILE_SYSTEM = {
+    errno.ENOSPC: "free some space, and go on with --resume where the command has it",
+    errno.EDQUOT: "free some space, and go on with --resume where the command has it",
+    errno.EFBIG: "the limit on the size of files is too low",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "choose a place in a folder",
+}
 
 
 def takes_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -43,14 +57,32 @@ def takes_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
             parameters += replaced if own.name == "options" else [own.replace(kind=Parameter.KEYWORD_ONLY)]
 
         @wraps(command)
-        def run(**given: Any) -> None:
-            command(options=QuantizeOptions(**{field.name: given.pop(field.name) for field in taken}), **given)
+        def run(context: typer.Context, **given: Any) -> None:
+            options = {field.name: given.pop(field.name) for field in taken}
+            if "format" in options:
+                check_given([name for name in options if _is_given(context, name)], options["format"])
+            command(options=QuantizeOptions(**options), **given)
 
+        parameters.append(Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context))
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
 
     return decorate
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether the parameter called `name` stands on the command line, and is not a default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_plot(plot: Path | None) -> None:
+    """Refuse a plot that could not be written in the end."""
+    if plot is not None:
+        from vllm_babai.offline.tools.plots import check_plot
+
+        check_plot(plot)
 
 
 @app.command()
@@ -83,6 +115,7 @@ def inspect(
     from vllm_babai.offline.tools.inspect import inspect as look
     from vllm_babai.offline.tools.inspect import integer_counts
 
+    _check_plot(plot)
     found = look(folder)
     if plot is not None:
         from vllm_babai.offline.tools.plots import plot_integers
@@ -120,6 +153,9 @@ def predict(
     """Say what MODEL will be like at a size, and where its bits go, without quantizing it."""
     from vllm_babai.offline.tools.predict import predict as run
 
+    _check_plot(plot)
+    if format == "hptq" and not 1 <= target_bits <= 8:
+        raise QuantizationError(f"--target-bits must be from 1 to 8 with hptq, not {target_bits}")
     goal = (
         replace(options, format="hptq", rate=target_bits)
         if format == "hptq"
@@ -159,7 +195,6 @@ def eval(
     as_json: Json = False,
 ) -> None:
     """Perplexity of a model on a text, or its scores in tasks; with --against also how far it is from the original."""
-    from vllm_babai.errors import QuantizationError
     from vllm_babai.offline.tools.evaluate import evaluate
     from vllm_babai.offline.tools.tasks import run_tasks
 
@@ -229,8 +264,6 @@ def tune(
     ] = None,
 ) -> None:
     """Measure which kernel configurations are fastest on this GPU, and write its table; an interrupted run goes on."""
-    from vllm_babai.errors import QuantizationError
-
     if not torch.cuda.is_available():
         raise QuantizationError("babai tune measures a GPU, and there is none here")
     from vllm_babai.triton_kernels.configs import FOLDER
@@ -252,15 +285,22 @@ def _resumable(advice: str) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command; what the user can fix is shown without a traceback."""
-    from vllm_babai.errors import QuantizationError
-
+    """Run the command; what the user can fix is shown in one line, without a traceback, and ends with status 2."""
     torch.set_float32_matmul_precision("highest")
     try:
         app()
-    except QuantizationError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        raise SystemExit(1) from None
+    except (QuantizationError, FormatError) as error:
+        _fail(error)
+    except OSError as error:
+        if error.errno not in FILE_SYSTEM:
+            raise
+        _fail(f"{error.filename or 'a file'} cannot be written or read: {error.strerror}; {FILE_SYSTEM[error.errno]}")
+
+
+def _fail(error: object) -> NoReturn:
+    message = " ".join(str(error).split())
+    Console(stderr=True).print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Options of a quantization run."""
 
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,18 @@ from vllm_babai.errors import QuantizationError
 from vllm_babai.format import BIT_WIDTHS
 from vllm_babai.format.config import GROUP_SIZES
 from vllm_babai.offline.solver.factor import ORDERS, Order
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator takes
+# Options that not every format has → the formats that have them.
+FORMATS_OF = {
+    "bits": ("ssqr",),
+    "overflow": ("ssqr",),
+    "target_bits": ("ssqr",),
+    "group_size": ("ssqr",),
+    "rate": ("hptq",),
+    "column_steps": ("hptq",),
+}
 
 
 @dataclass(frozen=True)
@@ -73,8 +86,11 @@ class QuantizeOptions:
         _check("--order", self.order in ORDERS, f"one of {', '.join(ORDERS)}", self.order)
         _check("--paths", 1 <= self.paths <= 1024, "from 1 to 1024", self.paths)
         _check("--samples", self.samples > 0, "positive", self.samples)
-        _check("--sequence-length", self.sequence_length >= 0, "positive", self.sequence_length)
+        _check("--sequence-length", self.sequence_length >= 0, "0 or more", self.sequence_length)
         _check("--damping", 0 <= self.damping <= 1, "from 0 to 1", self.damping)
+        _check("--seed", SEEDS[0] <= self.seed <= SEEDS[1], f"from {SEEDS[0]} to {SEEDS[1]}", self.seed)
+        if self.dtype != "auto":
+            torch_dtype(self.dtype)
         if self.lm_head is not None and self.format == "ssqr":
             _check("--lm-head", self.lm_head in BIT_WIDTHS, f"one of {BIT_WIDTHS} in SSQR", self.lm_head)
         elif self.lm_head is not None:
@@ -98,10 +114,15 @@ class QuantizeOptions:
         """The device to compute on. Raises QuantizationError when CUDA is asked for and missing."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
+        _check(
+            "--device", re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device) is not None, "auto, cpu or cuda", self.device
+        )
+        device = torch.device(self.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
             raise QuantizationError("--device cuda: there is no CUDA device; use cpu or auto")
-        _check("--device", self.device.split(":")[0] in ("cpu", "cuda"), "auto, cpu or cuda", self.device)
-        return torch.device(self.device)
+        if (device.index or 0) >= max(1, torch.cuda.device_count()):
+            raise QuantizationError(f"--device {self.device}: there are {torch.cuda.device_count()} CUDA devices")
+        return device
 
     def resolve_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of the model's forward pass."""
@@ -115,11 +136,22 @@ class QuantizeOptions:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch.bfloat16 for 'bfloat16'. Raises QuantizationError for anything that is not a floating point dtype."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise QuantizationError(f"--dtype {name} is not a floating point type: use float32, bfloat16 or float16")
-    return dtype
+    """torch.bfloat16 for 'bfloat16'. Raises QuantizationError for anything but DTYPES."""
+    if name not in DTYPES:
+        raise QuantizationError(f"--dtype {name} is not among {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def check_given(given: Collection[str], form: str) -> None:
+    """Raise QuantizationError for an option that `form`, the format asked for, does not have.
+
+    given: names of fields of QuantizeOptions that the user has set.
+    """
+    for name in given:
+        formats = FORMATS_OF.get(name, (form,))
+        if form not in formats:
+            option = "--column-steps, --no-column-steps" if name == "column_steps" else f"--{name.replace('_', '-')}"
+            raise QuantizationError(f"{option}: for --format {' or '.join(formats)} alone; leave it out with {form}")
 
 
 def _check(option: str, holds: bool, wanted: str, value: object) -> None:

@@ -1,10 +1,17 @@
-"""Reading Hugging Face checkpoints tensor by tensor."""
+"""Reading Hugging Face checkpoints tensor by tensor.
+
+Every file of a checkpoint may be damaged or made to do harm. What is read is data only: safetensors, JSON and text.
+Code that a model brings along is never run.
+"""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
@@ -12,6 +19,9 @@ from vllm_babai.errors import QuantizationError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REPORT = "babai_report.json"  # of a quantized checkpoint: what is known of every linear
+# For everything that transformers loads. Where it is not said, transformers asks at the terminal.
+TRUST_REMOTE_CODE = False
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -22,10 +32,10 @@ class Checkpoint:
     files: dict[str, Path]
 
     def read(self, name: str) -> Tensor:
-        """The tensor called `name`, on the CPU. Raises QuantizationError when it is missing."""
+        """The tensor called `name`, on the CPU. Raises QuantizationError when it is missing or cannot be read."""
         if name not in self.files:
             raise QuantizationError(f"{self.folder} has no tensor {name}")
-        with safe_open(self.files[name], framework="pt") as file:
+        with open_weights(self.files[name]) as file:
             return file.get_tensor(name)
 
     def read_kept(self, name: str) -> Tensor:
@@ -42,8 +52,8 @@ class Checkpoint:
         return {name[len(prefix) :]: self.read(name) for name in self.files if name.startswith(prefix)}
 
     def config(self) -> dict:
-        """config.json as a dictionary."""
-        return json.loads((self.folder / "config.json").read_text())
+        """config.json as a dictionary. Raises QuantizationError when it cannot be read."""
+        return read_json(self.folder / "config.json")
 
     def bytes(self) -> int:
         """Size of all safetensors files on disk."""
@@ -53,25 +63,96 @@ class Checkpoint:
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """Open a model folder, or fetch one from the Hugging Face hub by its name.
 
-    Raises QuantizationError when there is no config.json or no safetensors weights.
+    Raises QuantizationError that names the file at fault: no config.json, no safetensors weights, weights that are
+    damaged, incomplete or elsewhere.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = _from_hub(str(model))
+    folder = _folder(model)
     if not (folder / "config.json").is_file():
         raise QuantizationError(f"{folder} is not a model: it has no config.json")
+    read_json(folder / "config.json")
     if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        missing = {file for file in weight_map.values() if not (folder / file).is_file()}
-        if missing:
-            raise QuantizationError(f"{folder} lacks files that {INDEX} names: {', '.join(sorted(missing))}")
-        return Checkpoint(folder, {name: folder / file for name, file in weight_map.items()})
+        return Checkpoint(folder, _indexed_files(folder))
     if (folder / SINGLE).is_file():
-        with safe_open(folder / SINGLE, framework="pt") as file:
-            return Checkpoint(folder, dict.fromkeys(file.keys(), folder / SINGLE))
+        return Checkpoint(folder, dict.fromkeys(_tensor_names(folder / SINGLE), folder / SINGLE))
     raise QuantizationError(
         f"{folder} has no safetensors weights ({SINGLE} or {INDEX}); save the model with them first"
     )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises QuantizationError that names the file."""
+    refuse_pointer(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise QuantizationError(f"{path} cannot be read as JSON ({error}): fetch or copy it again") from error
+    if not isinstance(found, dict):
+        raise QuantizationError(f"{path} holds no JSON object, but {type(found).__name__}: fetch or copy it again")
+    return found
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """An open safetensors file. Raises QuantizationError that names it, also for what happens while it is open."""
+    refuse_pointer(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:  # the last: an unknown dtype
+        raise QuantizationError(f"{path} is no safetensors file that can be read ({error}): copy it again") from error
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise QuantizationError where Git LFS has left a pointer in place of the file, or it cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise QuantizationError(f"{path} cannot be opened: {error.strerror}") from error
+    if start == LFS_POINTER:
+        raise QuantizationError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` there")
+
+
+def _folder(model: str | Path) -> Path:
+    folder = Path(model)
+    try:
+        if folder.is_dir():
+            return folder
+        is_file = folder.exists()
+    except OSError as error:  # a name that is too long
+        raise QuantizationError(f"{model} cannot be opened: {error.strerror}") from error
+    if is_file:
+        raise QuantizationError(f"{model} is a file: give the model's folder")
+    return _from_hub(str(model))
+
+
+def _indexed_files(folder: Path) -> dict[str, Path]:
+    """Tensor → file by the index, all of which are in the folder and hold what the index says.
+
+    A link in the folder is followed: the hub's cache keeps the files themselves in a folder of its own.
+    """
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and file for file in weight_map.values()):
+        raise QuantizationError(f"{folder / INDEX} has no weight_map from tensors to files: fetch or copy it again")
+    names: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        names.setdefault(file, set()).add(name)
+    for file in names:
+        if Path(file).is_absolute() or ".." in Path(file).parts or "\0" in file:
+            raise QuantizationError(
+                f"{folder / INDEX} names {file!r}, which is not in the folder: do not use this model"
+            )
+    if missing := {file for file in names if not (folder / file).is_file()}:
+        raise QuantizationError(f"{folder} lacks files that {INDEX} names: {', '.join(sorted(missing))}")
+    for file, expected in names.items():
+        if lacking := expected - set(_tensor_names(folder / file)):
+            raise QuantizationError(f"{folder / file} lacks {min(lacking)}, which {INDEX} says it holds: copy it again")
+    return {name: folder / file for name, file in weight_map.items()}
+
+
+def _tensor_names(path: Path) -> list[str]:
+    with open_weights(path) as file:
+        return list(file.keys())
 
 
 def _from_hub(name: str) -> Path:
@@ -80,5 +161,5 @@ def _from_hub(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise QuantizationError(f"{name} is neither a folder nor a model on the hub: {error}") from error

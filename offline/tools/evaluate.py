@@ -11,6 +11,7 @@ from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.calibration import load_tokenizer, read_texts
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.dense import load_dense
+from vllm_babai.offline.model.skeleton import load_config, model_positions
 from vllm_babai.progress import counting_progress
 
 BATCH_TOKENS = 2048  # a choice: log-probabilities over the vocabulary are the largest tensors here
@@ -51,8 +52,13 @@ class Evaluation:
 def evaluation_windows(model: str | Path, data: str | Path, window: int, samples: int) -> Tensor:
     """Windows of `window` tokens of the text, int64 [windows, window]; `samples` of them spread evenly, or all (0).
 
-    Documents are joined without a separator. Raises QuantizationError when there is less than one window of text.
+    Documents are joined without a separator. Raises QuantizationError when there is less than one window of text, or a
+    number that makes no sense.
     """
+    if window < 2:
+        raise QuantizationError(f"--window must be 2 or more, not {window}: a token is predicted from those before it")
+    if samples < 0:
+        raise QuantizationError(f"--samples must be 0 (all windows) or more, not {samples}")
     tokenizer = load_tokenizer(open_checkpoint(model).folder)
     text = "".join(read_texts(str(data), tokenizer))
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -72,8 +78,16 @@ def evaluate(
     against: str | Path | None = None,
     device: torch.device | None = None,
 ) -> Evaluation:
-    """Evaluate a checkpoint, dense or quantized, in float32; `against` names the original to compare with."""
+    """Evaluate a checkpoint, dense or quantized, in float32; `against` names the original to compare with.
+
+    Raises QuantizationError like `load_dense`, for a text that does not suit, and for a window that is longer than what
+    a model has positions for.
+    """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for folder in (model, against) if against else (model,):
+        positions = model_positions(load_config(open_checkpoint(folder)))
+        if positions is not None and window > positions:
+            raise QuantizationError(f"--window {window} exceeds the {positions} positions of {folder}")
     windows = evaluation_windows(against or model, data, window, samples)
     candidate = load_dense(model, device)
     original = load_dense(against, device) if against else None

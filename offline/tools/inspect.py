@@ -1,6 +1,5 @@
 """What a quantized folder holds, layer by layer; every stored tensor is decoded and checked on the way."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,8 @@ from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import LatticeWeight, share_beyond
-from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint
+from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint, read_json
+from vllm_babai.offline.model.complete import check_complete, read_scheme
 from vllm_babai.offline.model.dense import count_stored, stored_linears
 from vllm_babai.progress import counting_progress
 
@@ -46,11 +46,17 @@ class Inspection:
 
 
 def inspect(folder: str | Path) -> Inspection:
-    """Decode every quantized linear of a folder. Raises QuantizationError when it is not quantized, or corrupt."""
+    """Decode every quantized linear of a folder.
+
+    Raises QuantizationError when it is not quantized, and like `stored_linears` when it is incomplete or corrupt.
+    """
     checkpoint = open_checkpoint(folder)
-    raw = checkpoint.config().get("quantization_config")
-    if raw is None:
+    scheme = read_scheme(checkpoint)
+    if scheme is None:
         raise QuantizationError(f"{folder} is not quantized: make a checkpoint with `babai quantize`")
+    checkpoint = check_complete(checkpoint)
+    if not checkpoint.linears:
+        raise QuantizationError(f"{folder} holds no quantized linear: config.json leaves out all of them (ignore)")
     errors = _reported_errors(checkpoint)
     linears = []
     with counting_progress() as progress, progress.phase("decoding", count_stored(checkpoint), "linears") as phase:
@@ -59,7 +65,7 @@ def inspect(folder: str | Path) -> Inspection:
             phase.advance()
     weights = sum(linear.rows * linear.columns for linear in linears)
     rate = 8 * sum(linear.bytes for linear in linears) / max(weights, 1)
-    return Inspection(raw["format"], linears, rate, weights, checkpoint.bytes())
+    return Inspection(scheme.format, linears, rate, weights, checkpoint.bytes())
 
 
 def integer_counts(folder: str | Path) -> dict[int, int]:
@@ -102,4 +108,8 @@ def _reported_errors(checkpoint: Checkpoint) -> dict[str, float]:
     path = checkpoint.folder / REPORT
     if not path.is_file():
         return {}
-    return {layer["name"]: layer["relative_error"] for layer in json.loads(path.read_text())["layers"]}
+    layers = read_json(path).get("layers")
+    try:
+        return {str(layer["name"]): float(layer["relative_error"]) for layer in layers}  # type: ignore[union-attr]
+    except (KeyError, TypeError, ValueError) as error:
+        raise QuantizationError(f"{path} is not a report of `babai quantize`: copy it again, or remove it") from error

@@ -1,5 +1,6 @@
 """Pictures of a plan and of a checkpoint."""
 
+import os
 from pathlib import Path
 
 import matplotlib
@@ -7,8 +8,22 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from vllm_babai.errors import QuantizationError
 
 SIZE = (7, 4.5)
+
+
+def check_plot(path: Path) -> None:
+    """Raise QuantizationError, before anything is computed, where the picture could not be written in the end."""
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise QuantizationError(f"--plot {path}: use a name that ends with .png")
+    if not path.parent.is_dir():
+        raise QuantizationError(f"--plot {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise QuantizationError(f"--plot {path} cannot be written: choose another file")
 
 
 def plot_tradeoff(curves: dict[str, list[tuple[float, float]]], chosen: tuple[float, float], path: Path) -> None:

@@ -35,6 +35,10 @@ def run_tasks(
     task_folder: where to find tasks of one's own, as the harness's `--include_path`. limit: of documents per task.
     Raises QuantizationError when the harness is not installed or knows no such task.
     """
+    if limit is not None and limit < 1:
+        raise QuantizationError(f"--limit must be 1 or more, not {limit}")
+    if task_folder is not None and not task_folder.is_dir():
+        raise QuantizationError(f"--task-folder: there is no folder {task_folder}")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

@@ -67,7 +67,7 @@ def test_errors_are_one_line_without_a_traceback(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = babai(*({"MODEL": model, "OUT": tmp_path / "out"}.get(argument, argument) for argument in arguments))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,0 +1,182 @@
+"""Whether a checkpoint holds what its model needs: every tensor once, in the form that config.json says.
+
+A loader that fills in what it does not find, or passes over what it does not know, makes another model of a damaged
+checkpoint. So names and shapes are compared with the model's skeleton before anything is decoded.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vllm_babai.errors import QuantizationError
+from vllm_babai.format import FORMATS, CheckpointConfig, FormatError
+from vllm_babai.offline.model.checkpoint import Checkpoint, open_weights
+from vllm_babai.offline.model.skeleton import empty_model
+from vllm_babai.offline.model.view import CheckpointView, view_checkpoint
+
+
+@dataclass(frozen=True)
+class CompleteCheckpoint(Checkpoint):
+    """A checkpoint that holds what its model needs.
+
+    scheme: its quantization_config, None where it is dense. linears: full name of a quantized linear → [out, in].
+    """
+
+    scheme: CheckpointConfig | None
+    linears: dict[str, tuple[int, int]]
+
+
+def check_complete(checkpoint: Checkpoint) -> CompleteCheckpoint:
+    """Compare a checkpoint with its model, names and shapes.
+
+    Raises QuantizationError that names a tensor or linear which is missing, of another shape, unknown to the model, or
+    stored in another form than config.json says.
+    """
+    if isinstance(checkpoint, CompleteCheckpoint):
+        return checkpoint
+    scheme = read_scheme(checkpoint)
+    model = empty_model(checkpoint)
+    wanted = model.state_dict(keep_vars=True)
+    parts = {} if scheme is None else _parts(checkpoint, wanted)
+    stored = {name: path for name, path in checkpoint.files.items() if _split(name)[0] not in parts or name in wanted}
+    for linear in parts:
+        if f"{linear}.weight" in stored:
+            raise QuantizationError(f"{linear} is stored twice in {checkpoint.folder}: quantized, and as a weight")
+        stored[f"{linear}.weight"] = Path()
+    view = view_checkpoint(Checkpoint(checkpoint.folder, stored), model)
+    linears = {} if scheme is None else _check_linears(checkpoint, scheme, model, view, parts)
+    _check_missing(checkpoint, model, view, wanted)
+    _check_blocks(checkpoint, model, view, wanted)
+    _check_shapes(checkpoint, view, wanted)
+    return CompleteCheckpoint(checkpoint.folder, checkpoint.files, scheme, linears)
+
+
+def read_scheme(checkpoint: Checkpoint) -> CheckpointConfig | None:
+    """How the checkpoint's linears are stored; None where it is not quantized. Raises QuantizationError."""
+    raw = checkpoint.config().get("quantization_config")
+    if raw is None:
+        return None
+    try:
+        if not isinstance(raw, dict):
+            raise FormatError(f"it is {type(raw).__name__}, no object")
+        return CheckpointConfig.from_dict(raw)
+    except FormatError as error:
+        path = checkpoint.folder / "config.json"
+        raise QuantizationError(f"{path}: its quantization_config cannot be read: {error}") from error
+
+
+def _split(name: str) -> tuple[str, str]:
+    linear, _, key = name.rpartition(".")
+    return linear, key
+
+
+def _parts(checkpoint: Checkpoint, wanted: Iterable[str]) -> dict[str, set[str]]:
+    """Linear → names of its stored tensors, of whatever format; parameters of the model itself are none."""
+    known = {key for form in FORMATS.values() for key in form.dtypes}
+    parts: dict[str, set[str]] = {}
+    for name in checkpoint.files.keys() - set(wanted):
+        linear, key = _split(name)
+        if key in known:
+            parts.setdefault(linear, set()).add(key)
+    return parts
+
+
+def _check_linears(
+    checkpoint: Checkpoint,
+    scheme: CheckpointConfig,
+    model: PreTrainedModel,
+    view: CheckpointView,
+    parts: dict[str, set[str]],
+) -> dict[str, tuple[int, int]]:
+    """The quantized linears and their shapes, [out, in]."""
+    found: dict[str, tuple[int, int]] = {}
+    for linear, module in _stored_linears(model, view):
+        if linear in parts:
+            _check_parts(checkpoint, scheme, linear, parts[linear])
+            if not _is_quantized(scheme, linear):
+                raise QuantizationError(f"{linear} is stored quantized, but config.json leaves it out (ignore)")
+            found[linear] = (module.out_features, module.in_features)
+        elif _is_quantized(scheme, linear):
+            raise QuantizationError(
+                f"{linear} is stored as an ordinary weight, but config.json says {scheme.format}: copy it again"
+            )
+    for linear in sorted(parts.keys() - found.keys()):
+        raise QuantizationError(f"{linear} is in {checkpoint.folder}, but the model of config.json has no such linear")
+    for linear in scheme.overrides.keys() - found.keys():
+        raise QuantizationError(f"{linear} is among the overrides in config.json, but no linear is stored for it")
+    return found
+
+
+def _stored_linears(model: PreTrainedModel, view: CheckpointView) -> Iterator[tuple[str, nn.Linear]]:
+    """Name in the checkpoint and module of the model's linears that have a weight there."""
+    for name, module in model.named_modules():
+        stored = view.stored_name(f"{name}.weight") if isinstance(module, nn.Linear) else None
+        if stored is not None:
+            yield stored.removesuffix(".weight"), module
+
+
+def _is_quantized(scheme: CheckpointConfig, linear: str) -> bool:
+    """Whether config.json says so of the linear; outside of decoder blocks, which are numbered, overrides alone say."""
+    if linear in scheme.ignore:
+        return False
+    return linear in scheme.overrides or re.search(r"\.\d+\.", linear) is not None
+
+
+def _check_parts(checkpoint: Checkpoint, scheme: CheckpointConfig, linear: str, keys: set[str]) -> None:
+    needed = FORMATS[scheme.format].dtypes.keys()
+    if keys == needed:
+        return
+    other = next((form.name for form in FORMATS.values() if keys == form.dtypes.keys()), None)
+    if other is not None:
+        raise QuantizationError(f"{linear} is stored as {other}, but config.json says {scheme.format}")
+    if lacking := sorted(needed - keys):
+        raise QuantizationError(f"{linear}: {checkpoint.folder} has no tensor {linear}.{lacking[0]}")
+    raise QuantizationError(f"{linear}: {linear}.{min(keys - needed)} is no tensor of {scheme.format}")
+
+
+def _check_missing(
+    checkpoint: Checkpoint, model: PreTrainedModel, view: CheckpointView, wanted: dict[str, Tensor]
+) -> None:
+    stored = {id(tensor) for name, tensor in wanted.items() if name in view}  # a tied one is stored once
+    optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
+    for name, tensor in wanted.items():
+        if id(tensor) not in stored and not any(pattern.search(name) for pattern in optional):
+            raise QuantizationError(f"{checkpoint.folder} has no tensor for {name}: copy it again")
+
+
+def _check_blocks(
+    checkpoint: Checkpoint, model: PreTrainedModel, view: CheckpointView, wanted: dict[str, Tensor]
+) -> None:
+    """Refuse tensors that are named as those of one block more than the model has.
+
+    Others that the model does not know are common: rotary tables, or heads that predict further tokens.
+    """
+    used = {one for name in view.sources for names in view.sources[name].stored.values() for one in names}
+    kinds = {re.sub(r"\d+", "#", name) for name in wanted if re.search(r"\.\d+\.", name)}
+    optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
+    for name in sorted(view.checkpoint.files.keys() - used):
+        if re.sub(r"\d+", "#", name) in kinds and not any(pattern.search(name) for pattern in optional):
+            raise QuantizationError(f"{name} is in {checkpoint.folder}, but the model of config.json has no such block")
+
+
+def _check_shapes(checkpoint: Checkpoint, view: CheckpointView, wanted: dict[str, Tensor]) -> None:
+    """Compare the tensors that are stored as the model has them."""
+    by_file: dict[Path, dict[str, Tensor]] = {}
+    for name in view.sources:
+        stored = view.stored_name(name)
+        if stored is not None and stored in checkpoint.files:
+            by_file.setdefault(checkpoint.files[stored], {})[stored] = wanted[name]
+    for path, tensors in by_file.items():
+        with open_weights(path) as file:
+            headers = {name: file.get_slice(name) for name in tensors}
+            found = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in headers.items()}
+        for name, (shape, dtype) in found.items():
+            needed = tuple(tensors[name].shape)
+            if shape != needed:
+                raise QuantizationError(f"{name} in {path} has shape {shape}, but config.json needs {needed}")
+            if tensors[name].is_floating_point() and "F" not in dtype:
+                raise QuantizationError(f"{name} in {path} has dtype {dtype}, which is no floating point type")

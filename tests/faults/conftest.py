@@ -1,0 +1,107 @@
+"""Tiny quantized checkpoints of every format, and the command `babai` in this process."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from vllm_babai.offline import QuantizeOptions, quantize
+from vllm_babai.offline.cli import main
+
+BUNDLED = Path(__file__).parents[2] / "deploy" / "demo" / "stdlib-6m"
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit status, or the name of the exception that would have been a traceback."""
+
+    status: int
+    out: str
+    error: str
+    traceback: str | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the command refused in one line, and said so by its status."""
+        return self.traceback is None and self.status == 2 and len(self.error.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def babai(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Function that runs the command in this process; nothing is fetched from the network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+    def run(*arguments: Any) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["babai", *map(str, arguments)])
+        status, traceback = 0, None
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as left:
+            status = left.code if isinstance(left.code, int) else 0
+        except Exception as error:  # in a process of its own it would be a traceback
+            traceback = f"{type(error).__name__}: {error}"
+        out, error_text = capsys.readouterr()
+        return Outcome(status, out, error_text, traceback)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two blocks, hidden size 32, with the bundled model's tokenizer."""
+    folder = tmp_path_factory.mktemp("faults") / "source"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(BUNDLED / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some thousand tokens as .txt."""
+    path = tmp_path_factory.mktemp("faults") / "text.txt"
+    path.write_text(json.dumps(SIZES) * 60)
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_quantized(source: Path, text: Path) -> Callable[[str], Path]:
+    """Function that quantizes the tiny model to a format, once; its linears are 32 × 32 and less."""
+
+    def make(form: str) -> Path:
+        folder = source.with_name(form)
+        options = QuantizeOptions(format=form, calibration=str(text), samples=4, sequence_length=32, paths=1)  # type: ignore[arg-type]
+        return folder if folder.exists() else quantize(source, folder, options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ssqr(make_quantized: Callable[[str], Path]) -> Path:
+    """The tiny model in the dense + sparse format."""
+    return make_quantized("ssqr")
+
+
+@pytest.fixture(scope="session", params=["ssqr", "hptq"])
+def quantized(request: pytest.FixtureRequest, make_quantized: Callable[[str], Path]) -> Path:
+    """The tiny model in every format."""
+    return make_quantized(request.param)
