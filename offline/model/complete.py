@@ -120,10 +120,9 @@ def _stored_linears(model: PreTrainedModel, view: CheckpointView) -> Iterator[tu
 
 
 def _is_quantized(scheme: CheckpointConfig, linear: str) -> bool:
-    """Whether config.json says so of the linear; outside of decoder blocks, which are numbered, overrides alone say."""
-    if linear in scheme.ignore:
-        return False
-    return linear in scheme.overrides or re.search(r"\.\d+\.", linear) is not None
+    """Whether config.json says so of the linear. Older checkpoints have no scope: all blocks, which are numbered."""
+    inside = scheme.scope is not None or linear in scheme.overrides or re.search(r"\.\d+\.", linear) is not None
+    return inside and scheme.is_quantized(linear)
 
 
 def _check_parts(checkpoint: Checkpoint, scheme: CheckpointConfig, linear: str, keys: set[str]) -> None:
