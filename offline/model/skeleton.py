@@ -31,12 +31,11 @@ def model_positions(config: Any) -> int | None:
 
 def architecture(config: Any, checkpoint: Checkpoint) -> type[PreTrainedModel]:
     """The class of a model that predicts the next token. Raises QuantizationError for any other kind of model."""
-    named = getattr(transformers, str(next(iter(config.architectures or []), "")), None)
-    if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.config_class is type(config):
-        found: Any = named
-    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    else:
+    found: Any = getattr(transformers, str(next(iter(config.architectures or []), "")), None)
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model or getattr(found, "config_class", None) is not type(config):
+        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    if found is None:
         raise _no_language_model(checkpoint, f"transformers has no causal language model for {config.model_type!r}")
     causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if config.is_encoder_decoder or (type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal):

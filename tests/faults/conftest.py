@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,43 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 
+OUTCOMES = (
+    "refused by name",
+    "refused without a name",
+    "traceback",
+    "silent",
+    "silent, expected",
+    "harmless",
+)
+FIGURES = pytest.StashKey[Counter[tuple[str, str]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start to count."""
+    config.stash[FIGURES] = Counter()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table of the attack: what was tried, by kind, and how it ended."""
+    figures = config.stash[FIGURES]
+    if not figures:
+        return
+    kinds = sorted({kind for kind, _ in figures})
+    terminalreporter.section("attack")
+    terminalreporter.write_line(f"{'kind':32}{'tried':>8}" + "".join(f"{outcome:>24}" for outcome in OUTCOMES))
+    for kind in [*kinds, "all"]:
+        counts = [
+            sum(number for (one, ended), number in figures.items() if kind in (one, "all") and ended == outcome)
+            for outcome in OUTCOMES
+        ]
+        terminalreporter.write_line(f"{kind:32}{sum(counts):>8}" + "".join(f"{count:>24}" for count in counts))
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Counter[tuple[str, str]]:
+    """(kind of attack, outcome) → how often."""
+    return request.config.stash[FIGURES]
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -37,8 +75,10 @@ class Outcome:
 
     @property
     def refused(self) -> bool:
-        """Whether the command refused in one line, and said so by its status."""
-        return self.traceback is None and self.status == 2 and len(self.error.strip().splitlines()) == 1
+        """Whether the command refused in one line, the last after those that tell of progress, and by its status."""
+        lines = self.error.strip().splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        return self.traceback is None and self.status == 2 and errors == lines[-1:]
 
 
 @pytest.fixture
