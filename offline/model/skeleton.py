@@ -34,7 +34,7 @@ def architecture(config: Any, checkpoint: Checkpoint) -> type[PreTrainedModel]:
     found: Any = getattr(transformers, str(next(iter(config.architectures or []), "")), None)
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
     if not is_model or getattr(found, "config_class", None) is not type(config):
-        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
+        found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if found is None:
         raise _no_language_model(checkpoint, f"transformers has no causal language model for {config.model_type!r}")
     causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)

@@ -12,9 +12,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.call import Call, Injector, Recorder, Recording, StandIn
@@ -22,6 +21,7 @@ from vllm_babai.offline.model.capture import batches
 from vllm_babai.offline.model.checkpoint import Checkpoint
 from vllm_babai.offline.model.fp8 import open_source
 from vllm_babai.offline.model.served import fused_with, stays_dense
+from vllm_babai.offline.model.skeleton import architecture, load_config
 from vllm_babai.offline.model.trial import Tried, try_blocks, without
 from vllm_babai.offline.model.view import CheckpointView, view_checkpoint
 
@@ -285,11 +285,10 @@ def open_streamed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
     """
     source = open_source(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(source.folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config = load_config(source)
+        kind: Any = architecture(config, source)
         with torch.device("meta"):
-            skeleton = model_class(config)._from_config(config, dtype=dtype)
+            skeleton = kind._from_config(config, dtype=dtype)
     except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise QuantizationError(f"{source.folder} is not a causal language model: {reason}") from error
@@ -313,12 +312,6 @@ def open_streamed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
             f"{blocks_name} ({type(model.blocks[0]).__name__}) hold no nn.Linear, which is all that can be quantized"
         )
     return model
-
-
-def model_class(config: Any) -> Any:
-    """The class that config.json names, or else transformers' choice for its type. Raises KeyError when it has none."""
-    named = getattr(transformers, next(iter(config.architectures or []), ""), None)
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if named is None else named
 
 
 def _find_blocks(decoder: nn.Module, config: Any) -> str:
