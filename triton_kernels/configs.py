@@ -34,8 +34,13 @@ class Config:
             raise ValueError(f"configuration of {self.rows} rows; they must be {SMALLEST_ROWS}, 64 or {ROW_ALIGNMENT}")
 
     def for_groups(self, groups: int) -> "Config":
-        """For so many scales a row; several take a second set of sums: so few rows a warp that registers suffice."""
-        return self if groups == 1 else replace(self, rows=min(self.rows, 64), warps=max(self.warps, 2))
+        """For so many scales a row; several take a second set of sums: fewer rows per warp, to fit the registers.
+
+        Tiles of 32 rows are for 64 tokens: with two warps the sums spill (sm_100, 3 bits, Triton 3.7.1 and 3.8).
+        """
+        if groups == 1:
+            return self
+        return replace(self, rows=min(self.rows, 64), warps=max(self.warps, 4 if self.rows == SMALLEST_ROWS else 2))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from vllm_babai.format import BIT_WIDTHS, FormatError, Overflow, pack, packed_bytes
 from vllm_babai.triton_kernels import device_layout
 from vllm_babai.triton_kernels.configs import BUCKETS, FOLDER, Config, Entry, Table, Target, bucket, table_for
-from vllm_babai.triton_kernels.layout import MAX_M_TILES
+from vllm_babai.triton_kernels.layout import MAX_M_TILES, Geometry
 
 NOTHING = Overflow(*(torch.empty(0, dtype=torch.int32) for _ in range(3)))
 
@@ -20,6 +20,20 @@ def test_shipped_tables_are_complete(path: Path) -> None:
     for bits in BIT_WIDTHS:
         for tokens in BUCKETS:
             assert table.lookup(bits, tokens, 100, 100).warps in (1, 2, 4, 8)
+
+
+def test_blackwell_s_wide_tiles_of_odd_widths_stay_below_the_tensor_memory() -> None:
+    """Triton 3.7.1 and 3.8 give every slot of a block sums of its own in tensor memory, which it has for 64 rows on.
+
+    With 16 slots, as 3 and 5 bits have, these are 544 or 576 columns of 512 for 64 tokens, and 1056 for 128 rows: such
+    a kernel is a trap. Tiles of fewer rows or warps use the older matrix instructions.
+    """
+    table = Table.read(FOLDER / "sm_100.json")
+    for entry in table.entries:
+        slots = Geometry(entry.bits, 4096, 4096).slots
+        in_tensor_memory = entry.config.rows >= 64 and entry.config.warps >= 4
+        columns = entry.config.rows // 64 * entry.tokens // 2 * slots + 64
+        assert not in_tensor_memory or columns <= 512, f"{entry}: {columns} columns of tensor memory"
 
 
 @pytest.mark.parametrize(
