@@ -7,7 +7,7 @@ CODE := vllm_babai offline triton_kernels deploy tests
 # Test files that run at a time: `make test WORKERS="-n 2 --dist loadfile"` on two cores, with OMP_NUM_THREADS=1.
 WORKERS :=
 
-.PHONY: demo test test-all lint format setup clean
+.PHONY: demo test test-all faults lint format setup clean
 
 demo: setup
 	@$(VENV)/python deploy/demo/demo.py
@@ -17,6 +17,10 @@ test: lint
 
 test-all: lint
 	$(VENV)/python -m pytest $(WORKERS)
+
+# Mistakes, damaged files and damage drawn at random, with a table of how each ended.
+faults: setup
+	$(VENV)/python -m pytest $(WORKERS) tests/faults
 
 lint: setup
 	$(VENV)/ruff check $(CODE)

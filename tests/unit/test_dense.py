@@ -82,8 +82,7 @@ def test_only_quantized_checkpoints_convert(source: Path, tmp_path: Path) -> Non
 
 
 def test_an_existing_folder_is_only_replaced_when_told_to(quantized: Path, tmp_path: Path) -> None:
-    out = tmp_path / "dense"
-    out.mkdir()
+    out = convert(quantized, tmp_path / "dense", "dense", torch.float32)
     with pytest.raises(QuantizationError, match="exists: choose another folder, or pass --overwrite"):
         convert(quantized, out, "dense", torch.float32)
     convert(quantized, out, "dense", torch.float32, overwrite=True)
