@@ -91,7 +91,7 @@ class RunFolder:
         files = [*(self.partial / part.file for part in self.parts), rest]
         write_index(self.partial, files)
         copy_companions(checkpoint, self.partial)
-        write_config(self.partial, checkpoint.config() | {"quantization_config": config.to_dict()})
+        write_config(self.partial, checkpoint.config() | {"quantization_config": config.to_dict()}, files)
         layers = [asdict(report) for part in self.parts for report in self.read_reports(part)]
         report = {"options": self.options.to_dict(), **_totals(layers, files), "layers": layers}
         write_atomically(self.partial / REPORT, json.dumps(report, indent=2) + "\n")

@@ -41,14 +41,9 @@ def stored_linears(checkpoint: Checkpoint, names: list[str] | None = None) -> It
             parts = {key: checkpoint.read(f"{linear}.{key}") for key in keys}
             try:
                 stored = form.from_tensors(parts)
-                point, dense_range = stored.decode(), stored.dense_range
+                point, dense_range = stored.decode(checked.linears[linear], linear), stored.dense_range
             except FormatError as error:
                 raise QuantizationError(f"{linear}: {error}") from error
-            if tuple(point.integers.shape) != checked.linears[linear]:
-                shape, needed = tuple(point.integers.shape), checked.linears[linear]
-                raise QuantizationError(
-                    f"{linear}: it is stored as {shape}, but the model of config.json needs {needed}"
-                )
             yield linear, point, parts, dense_range
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.files import write_atomically
+from vllm_babai.format.config import digest_of
 from vllm_babai.offline.model.checkpoint import INDEX, REPORT, Checkpoint
 from vllm_babai.offline.model.place import MADE, RUN
 
@@ -46,8 +47,11 @@ def write_index(folder: Path, files: list[Path]) -> None:
     write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """config.json."""
+def write_config(folder: Path, config: dict[str, Any], files: list[Path]) -> None:
+    """config.json; where it has a quantization_config, that gets the digest of the weight files."""
+    if "quantization_config" in config:
+        quantization = config["quantization_config"] | {"digest": digest_of(files)}
+        config = config | {"quantization_config": quantization}
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -71,7 +71,7 @@ def quantize_ssqr(
     basis_weight = _to_basis(weight, lattice.columns)
     solution = search_overflow(basis_weight, lattice, groups, bits, overflow, seed)
     point = _from_basis(solution, lattice.columns)
-    tensors = SSQR.encode(point, bits).tensors()
+    tensors = SSQR.encode(point, bits, name).tensors()
     report = replace(
         _report(name, basis_weight, lattice, solution, tensors),
         bits=bits,
@@ -93,7 +93,7 @@ def quantize_hptq(
     basis_weight = _to_basis(weight, lattice.columns)
     solution = search_rate(basis_weight, lattice, rate, seed, column_exponents)
     point = replace(_from_basis(solution, lattice.columns), column_exponents=column_exponents)
-    tensors = HPTQ.encode(point).tensors()
+    tensors = HPTQ.encode(point, linear=name).tensors()
     report = _report(name, basis_weight, lattice, solution, tensors)
     return QuantizedLinear(tensors, point, replace(report, seconds=time.perf_counter() - started))
 

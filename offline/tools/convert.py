@@ -79,7 +79,7 @@ def _write(checkpoint: Checkpoint, folder: Path, config: dict[str, Any], convert
     copy_companions(checkpoint, folder)
     if "quantization_config" in config and (checkpoint.folder / REPORT).is_file():
         shutil.copyfile(checkpoint.folder / REPORT, folder / REPORT)
-    write_config(folder, config)
+    write_config(folder, config, written)
 
 
 def _dense(checkpoint: Checkpoint, dtype: torch.dtype, names: list[str], tick: Tick) -> dict[str, Tensor]:
@@ -105,11 +105,11 @@ def _reencoded(checkpoint: Checkpoint, config: CheckpointConfig, names: list[str
 def _encode(weight: LatticeWeight, config: CheckpointConfig, linear: str) -> SSQR | HPTQ:
     bits = config.scheme(linear).bits
     if config.format == "ssqr" and bits is not None:
-        return SSQR.encode(weight, bits)
+        return SSQR.encode(weight, bits, linear)
     scales = weight.scales
     if (scales == scales[:1, :1]).all():
         scales = scales[:1, :1].clone()
-    return HPTQ.encode(LatticeWeight(weight.integers, scales, weight.column_exponents))
+    return HPTQ.encode(LatticeWeight(weight.integers, scales, weight.column_exponents), linear=linear)
 
 
 def _target_config(checkpoint: Checkpoint, config: CheckpointConfig, to: str) -> CheckpointConfig:

@@ -1,11 +1,14 @@
 """quantization_config: round trip, overrides, and an error for every field at fault."""
 
-from dataclasses import fields
+import hashlib
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vllm_babai.format import FORMATS, CheckpointConfig, FormatError, LayerScheme
+from vllm_babai.format.config import digest_of
 
 CONFIG = CheckpointConfig(
     "ssqr", 4, 128, ignore=["lm_head"], overrides={"model.layers.0.mlp.down_proj": {"bits": 8, "group_size": -1}}
@@ -15,7 +18,7 @@ CONFIG = CheckpointConfig(
 def test_round_trip() -> None:
     raw = CONFIG.to_dict()
     assert raw["quant_method"] == "babai"
-    assert raw["format_version"] == 1
+    assert raw["format_version"] == 2
     assert CheckpointConfig.from_dict(raw) == CONFIG
 
 
@@ -41,7 +44,28 @@ def test_scales_per_row(group_size: int, groups: int) -> None:
     [
         ({"quant_method": "gptq"}, "quant_method is 'gptq', not 'babai'"),
         ({"quant_method": None}, "quant_method is None"),
-        ({"format_version": 2}, "format_version is 2; this version of vllm-babai reads 1"),
+        ({"format_version": 3}, r"format_version is 3; this version of vllm-babai reads \(1, 2\)"),
+        ({"format_version": True}, "format_version is True"),
+        ({"format_version": 1.0}, r"format_version is 1\.0"),
+        ({"format": None}, "format is None; it must be a string"),
+        ({"format": ["ssqr"]}, r"format is \['ssqr'\]; it must be a string"),
+        ({"bits": 4.0}, r"bits is 4\.0; it must be an integer or null"),
+        ({"bits": "4"}, "bits is '4'; it must be an integer or null"),
+        ({"bits": True}, "bits is True; it must be an integer or null"),
+        ({"bits": [4]}, r"bits is \[4\]; it must be an integer or null"),
+        ({"group_size": None}, "group_size is None; it must be an integer"),
+        ({"group_size": 128.0}, r"group_size is 128\.0; it must be an integer"),
+        ({"ignore": "lm_head"}, "ignore is 'lm_head'; it must be a list of strings"),
+        ({"ignore": None}, "ignore is None; it must be a list of strings"),
+        ({"ignore": [3]}, r"ignore is \[3\]; it must be a list of strings"),
+        ({"overrides": None}, "overrides is None; it must be an object of objects"),
+        ({"overrides": ["lm_head"]}, r"overrides is \['lm_head'\]; it must be"),
+        ({"overrides": {"lm_head": 5}}, "overrides is {'lm_head': 5}; it must be an object of objects"),
+        ({"overrides": {"up_proj": {"bits": 8.0}}}, r"bits of up_proj is 8\.0; it must be an integer or null"),
+        ({"overrides": {"up_proj": {"group_size": "128"}}}, "group_size of up_proj is '128'; it must be an integer"),
+        ({"residency": 1}, "residency is 1; it must be a string"),
+        ({"digest": "abc"}, "digest is 'abc'; it must be 64 hexadecimal digits or null"),
+        ({"digest": 7}, "digest is 7; it must be 64 hexadecimal digits or null"),
         ({"format_version": None}, "format_version is None"),
         ({"bitz": 4}, r"unknown fields \['bitz'\]"),
         ({"residency": "disk"}, "residency is 'disk'; this version knows"),
@@ -68,3 +92,27 @@ def test_a_missing_field_is_named(missing: str) -> None:
     del raw[missing]
     with pytest.raises(FormatError, match=missing):
         CheckpointConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize("raw", [None, "babai", ["babai"], 4])
+def test_a_configuration_that_is_no_object_is_refused(raw: Any) -> None:
+    with pytest.raises(FormatError, match=r"quantization_config is .*; it must be an object"):
+        CheckpointConfig.from_dict(raw)
+
+
+def test_version_1_is_read() -> None:
+    raw = CONFIG.to_dict() | {"format_version": 1}
+    del raw["digest"]
+    assert CheckpointConfig.from_dict(raw) == CONFIG
+
+
+def test_digest_is_what_sha256sum_prints(tmp_path: Path) -> None:
+    files = [tmp_path / "b.safetensors", tmp_path / "a.safetensors"]
+    for path in files:
+        path.write_bytes(path.name.encode() * 1000)
+    lines = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(files))
+    digest = digest_of(files)
+    assert digest == hashlib.sha256(lines.encode()).hexdigest()
+    files[0].write_bytes(b"another")
+    assert digest_of(files) != digest
+    assert CheckpointConfig.from_dict(replace(CONFIG, digest=digest).to_dict()).digest == digest

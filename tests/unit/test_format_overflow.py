@@ -19,7 +19,15 @@ from vllm_babai.format import (
     integer_range,
     read_header,
 )
-from vllm_babai.format.dense_sparse.overflow import HEADER, MAX_EXCESS, TILE_COLUMNS, TILE_ROWS, encode_overflow
+from vllm_babai.format.dense_sparse.overflow import (
+    HEADER,
+    MAX_EXCESS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    encode_overflow,
+    read_overflow,
+    tiling,
+)
 
 VALUES = st.one_of(
     st.just(st.just(0)),
@@ -36,7 +44,7 @@ def sparse(shape: tuple[int, int], density: float, spread: float, seed: int = 0)
 
 
 def blob_of(excess: torch.Tensor) -> torch.Tensor:
-    return encode_overflow(excess, bits=4, dense_crc=123456789)
+    return encode_overflow(excess, 4, np.arange(tiling(*excess.shape).count, dtype=np.uint32) + 123456789, "layer")
 
 
 def decoded(blob: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
@@ -127,8 +135,9 @@ def test_a_window_outside_the_matrix_is_refused(window: slice) -> None:
 def test_header_describes_the_layer() -> None:
     excess = sparse((270, 2500), 0.01, 3.0)
     header = read_header(blob_of(excess))
-    assert (header.rows, header.columns, header.bits, header.dense_crc) == (270, 2500, 4, 123456789)
-    assert (header.tile_rows, header.tile_columns, header.tiles) == (TILE_ROWS, 834, (3, 3))
+    assert (header.rows, header.columns, header.bits, header.name_crc) == (270, 2500, 4, zlib.crc32(b"layer"))
+    assert (header.tile_rows, header.tile_columns, header.down, header.across) == (TILE_ROWS, 834, 3, 3)
+    assert read_overflow(blob_of(excess)).dense_crcs.tolist() == [123456789 + tile for tile in range(9)]
     assert header.entries == torch.count_nonzero(excess)
     assert read_header(blob_of(excess[:, :2048])).tile_columns == TILE_COLUMNS
     assert read_header(blob_of(excess[:, :40])).tile_columns == 40
@@ -190,17 +199,19 @@ def with_byte(index: int, value: int) -> Callable[[torch.Tensor], torch.Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_field(1, 1), "format version 1; this version reads 2"),
-        (with_field(3, 40), "do not fit|frequencies"),
+        (with_field(1, 1), r"format version 1; this version reads \(2, 3\)"),
+        (with_field(3, 40), "do not fit|invalid frequency table"),
         (with_field(4, 255), "too short|do not fit"),
         (with_field(5, 0), "tiles of 0 × 50 weights"),
         (with_field(6, 0), "tiles of 128 × 0 weights"),
         (with_field(6, 2000), "tiles of 128 × 2000 weights"),
+        (with_field(5, 1), "tiles of 1 × 50 weights"),
         (with_field(7, 30), "outside their tile"),
         (with_field(7, 40000), "too short for its tiles"),
-        (with_field(8, 49), "outside their tile"),
+        (with_field(8, 49), "tiles of 128 × 50 weights"),
+        (lambda blob: with_field(6, 49)(with_field(8, 49)(blob)), "outside their tile"),
         (with_field(9, 10**6), "do not fit its entries"),
-        (with_byte(0, 255), "frequencies"),
+        (with_byte(0, 255), "invalid frequency table"),
         (with_byte(-1, 255), "damaged stream"),
         (lambda blob: signed(blob.numpy().tobytes() + bytes(2)), "do not fit its entries or its length"),
         (lambda blob: signed(blob.numpy().tobytes()[:-2]), "do not fit its entries or its length"),

@@ -5,6 +5,7 @@ Slow and simple on purpose: whoever writes a decoder in another language can sta
 
 import math
 import struct
+import zlib
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from vllm_babai.format.entropy import hptq
 
 README = Path(__file__).parents[2] / "vllm_babai" / "format" / "README.md"
 TOTAL, ESCAPE, CENTRE = 4096, 255, 127
+LINEAR = "model.layers.7.up_proj"
 Matrix = list[list[int]]
 
 
@@ -85,11 +87,12 @@ def decode_ssqr(stored: SSQR) -> Matrix:
     reader = Reader(stored.overflow.numpy().tobytes())
     assert reader.raw[:4] == b"BBOV"
     reader.position = 4
-    assert reader.take("B") == 2
+    assert reader.take("B") == 3
     bits, gap_classes, excess_classes = reader.several("B", 3)
     tile_rows, tile_columns = reader.several("H", 2)
-    rows, columns, entries = reader.several("I", 3)
-    reader.several("I", 2)
+    rows, columns, entries, name = reader.several("I", 4)
+    assert name == zlib.crc32(b"7.up_proj")
+    assert reader.take("I") == zlib.crc32(reader.raw[:28] + bytes(4) + reader.raw[32:])
     across = math.ceil(columns / tile_columns)
     tiles = math.ceil(rows / tile_rows) * across
     five_digits = sorted({digits << power for digits, power in product(range(32), range(8))})
@@ -97,7 +100,14 @@ def decode_ssqr(stored: SSQR) -> Matrix:
         normalize([five_digits[code] for code in reader.several("B", classes)])
         for classes in (gap_classes, excess_classes)
     ]
-    counts, lengths = reader.several("I", tiles), reader.several("I", tiles)
+    crcs, counts, lengths = (reader.several("I", tiles) for _ in range(3))
+    groups = stored.scales.shape[1]
+    for tile, crc in enumerate(crcs):
+        down, left = slice(tile // across * tile_rows, (tile // across + 1) * tile_rows), tile % across * tile_columns
+        right = min(left + tile_columns, columns)
+        dense = stored.qweight[down, left * bits // 8 : math.ceil(right * bits / 8)]
+        scales = stored.scales[down, left * groups // columns : math.ceil(right * groups / columns)]
+        assert crc == zlib.crc32(bytes(dense.flatten()) + bytes(scales.contiguous().view(torch.uint8).flatten()))
     assert sum(counts) == entries
 
     integers = []
@@ -175,12 +185,14 @@ def decode_hptq(stored: HPTQ) -> tuple[Matrix, list[int] | None]:
     reader = Reader(stored.codes.numpy().tobytes())
     assert reader.raw[:4] == b"BBHQ"
     reader.position = 4
-    assert reader.take("B") == 1
+    assert reader.take("B") == 2
     shift, lanes, contexts, steps = reader.several("B", 4)
     rows, columns = reader.several("I", 2)
     tile_rows, tile_columns = reader.several("H", 2)
-    offset = reader.take("h")
-    reader.several("I", 2)
+    offset, name = reader.take("h"), reader.take("I")
+    assert name == zlib.crc32(b"7.up_proj")
+    assert reader.take("I") == zlib.crc32(bytes(stored.scales.view(torch.uint8).flatten()))
+    assert reader.take("I") == zlib.crc32(reader.raw[:31] + bytes(4) + reader.raw[35:])
 
     tables = []
     for code in reader.several("B", contexts):
@@ -217,13 +229,14 @@ def matrix(rows: int, columns: int, sigma: float) -> torch.Tensor:
 def test_ssqr(bits: int) -> None:
     integers = matrix(140, 37, 2.0 ** (bits - 2))  # two tiles, one of them short
     integers[139, 36] = -32767
-    stored = SSQR.encode(LatticeWeight(integers, torch.ones(140, 1).bfloat16()), bits)
+    stored = SSQR.encode(LatticeWeight(integers, torch.ones(140, 1).bfloat16()), bits, LINEAR)
     assert decode_ssqr(stored) == integers.tolist()
 
 
 def test_ssqr_tiles_side_by_side() -> None:
     integers = matrix(3, 1500, 3.0)
-    assert decode_ssqr(SSQR.encode(LatticeWeight(integers, torch.ones(3, 1).bfloat16()), 3)) == integers.tolist()
+    scales = torch.rand(3, 3).bfloat16() + 1  # the tiles share the scale in the middle
+    assert decode_ssqr(SSQR.encode(LatticeWeight(integers, scales), 3, LINEAR)) == integers.tolist()
 
 
 @pytest.mark.parametrize("sigma", [0.5, 3.0, 60.0])
@@ -233,14 +246,14 @@ def test_hptq(shape: tuple[int, int], sigma: float) -> None:
     integers[:, : shape[1] // 2] //= 4
     integers[1, 2] = 32767
     exponents = step_exponents(torch.linspace(1, 2, shape[1]))
-    stored = HPTQ.encode(LatticeWeight(integers, torch.ones(1, 1).bfloat16(), exponents))
+    stored = HPTQ.encode(LatticeWeight(integers, torch.ones(1, 1).bfloat16(), exponents), linear=LINEAR)
     assert decode_hptq(stored) == (integers.tolist(), exponents.tolist())
 
 
 def test_hptq_with_classes_and_lanes() -> None:
     spread = torch.linspace(-2, 2, 256).exp2()
     integers = torch.round(matrix(192, 256, 1.0) * spread).short()
-    stored = HPTQ.encode(LatticeWeight(integers, torch.ones(1, 1).bfloat16()))
+    stored = HPTQ.encode(LatticeWeight(integers, torch.ones(1, 1).bfloat16()), linear=LINEAR)
     coded = hptq.read_blob(stored.codes)
     assert coded.shape.lanes > 1
     assert coded.model.classes.contexts > 1

@@ -26,12 +26,19 @@ class Format(ABC):
 
     @classmethod
     @abstractmethod
-    def encode(cls, weight: LatticeWeight, bits: int | None = None) -> Self:
-        """Store a lattice point exactly. Raises ValueError for one that the format cannot hold."""
+    def encode(cls, weight: LatticeWeight, bits: int | None = None, linear: str = "") -> Self:
+        """Store a lattice point exactly. Raises ValueError for one that the format cannot hold.
+
+        linear: its full name; tensors that end up below another name are then refused.
+        """
 
     @abstractmethod
-    def decode(self) -> LatticeWeight:
-        """The stored lattice point. Raises FormatError for anything truncated or corrupt."""
+    def decode(self, shape: tuple[int, int] | None = None, linear: str = "") -> LatticeWeight:
+        """The stored lattice point. Raises FormatError for anything truncated or corrupt.
+
+        shape: [out, in] that the model expects, which is checked before anything is allocated. linear: the name under
+        which the tensors are stored. None and "" where these are not known.
+        """
 
     @property
     def dense_range(self) -> tuple[int, int] | None:

@@ -1,12 +1,18 @@
 """`quantization_config` in a checkpoint's config.json: how every linear layer is stored."""
 
+import hashlib
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from vllm_babai.compiled import parallel_map
 from vllm_babai.errors import FormatError
 from vllm_babai.format.registry import FORMATS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1: SSQR with one CRC for a whole linear, no names of linears, no digest
 QUANT_METHOD = "babai"
 GROUP_SIZES = (-1, 32, 64, 128)
 RESIDENCIES = ("packed", "coded")
@@ -33,6 +39,8 @@ class CheckpointConfig:
     residency: of HPTQ while it is served: `packed`, dense + sparse, or `coded`, decoded by every matmul.
     scope: full names of the modules, decoder blocks, in which linears are quantized; those outside of them are not,
     unless `overrides` names them. None, as in older checkpoints: the whole model.
+    digest: of the weight files, see `digest_of`; None in version 1. vLLM keys its compiled graphs on the configuration,
+        and so tells checkpoints of other content apart.
     """
 
     format: str
@@ -42,6 +50,7 @@ class CheckpointConfig:
     overrides: dict[str, dict[str, int]] = field(default_factory=dict)
     residency: str = "packed"
     scope: list[str] | None = None
+    digest: str | None = None
 
     def is_quantized(self, name: str) -> bool:
         """Whether the linear called `name` is quantized."""
@@ -71,16 +80,21 @@ class CheckpointConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "CheckpointConfig":
         """Read and check a quantization_config. Raises FormatError that names the field at fault."""
+        if not isinstance(raw, dict):
+            raise FormatError(f"quantization_config is {raw!r}; it must be an object")
         fields = dict(raw)
         if fields.pop("quant_method", None) != QUANT_METHOD:
             raise FormatError(f"quant_method is {raw.get('quant_method')!r}, not {QUANT_METHOD!r}")
         version = fields.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise FormatError(f"format_version is {version}; this version of vllm-babai reads {FORMAT_VERSION}")
+        if version not in READABLE_VERSIONS or not _is_integer(version):
+            raise FormatError(f"format_version is {version}; this version of vllm-babai reads {READABLE_VERSIONS}")
         unknown = fields.keys() - cls.__dataclass_fields__.keys()
         missing = {"format"} - fields.keys()
         if unknown or missing:
             raise FormatError(f"quantization_config has unknown fields {sorted(unknown)}, lacks {sorted(missing)}")
+        for name, value in fields.items():
+            if not CHECKS[name].holds(value):
+                raise FormatError(f"{name} is {value!r}; it must be {CHECKS[name].what}")
         config = cls(**fields)
         if config.format not in FORMATS:
             raise FormatError(f"format is {config.format!r}; this version reads {tuple(FORMATS)}")
@@ -91,6 +105,9 @@ class CheckpointConfig:
                 raise FormatError(
                     f"overrides of {name} has unknown fields {sorted(unknown)}; known are {sorted(known)}"
                 )
+            for key, value in override.items():
+                if not CHECKS[key].holds(value):
+                    raise FormatError(f"{key} of {name} is {value!r}; it must be {CHECKS[key].what}")
         for name in ("", *config.overrides):
             scheme, owner = config.scheme(name), name or "the checkpoint"
             widths = FORMATS[config.format].bit_widths
@@ -99,3 +116,51 @@ class CheckpointConfig:
             if scheme.group_size not in GROUP_SIZES:
                 raise FormatError(f"group_size of {owner} is {scheme.group_size}; this version reads {GROUP_SIZES}")
         return config
+
+
+class Check(NamedTuple):
+    """What the value of a field must be, in words and as a test."""
+
+    what: str
+    holds: Callable[[Any], bool]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_overrides(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(override, dict) for key, override in value.items()
+    )
+
+
+CHECKS = {
+    "format": Check("a string", lambda value: isinstance(value, str)),
+    "bits": Check("an integer or null", lambda value: value is None or _is_integer(value)),
+    "group_size": Check("an integer", _is_integer),
+    "ignore": Check("a list of strings", _is_names),
+    "overrides": Check("an object of objects", _is_overrides),
+    "scope": Check("a list of strings or null", lambda value: value is None or _is_names(value)),
+    "residency": Check("a string", lambda value: isinstance(value, str)),
+    "digest": Check(
+        "64 hexadecimal digits or null",
+        lambda value: value is None or (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None),
+    ),
+}
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """SHA-256 of names and contents of weight files: what `sha256sum *.safetensors | sha256sum` prints there."""
+    files = sorted(files, key=lambda path: path.name)
+    lines = "".join(f"{sha}  {path.name}\n" for path, sha in zip(files, parallel_map(_sha256, files), strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

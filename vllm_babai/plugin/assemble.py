@@ -29,7 +29,9 @@ def assemble(reader: Reader[Piece, Weight], parts: Mapping[str, list[Part]], row
         tensors = {name: group[0].tensor.cpu() for name, group in zip(parts, groups, strict=True)}
         same_linear = groups[0]
         shape = (sum(part.shape[0] for part in same_linear), same_linear[0].shape[1])
-        linear = StoredLinear(tensors, shape, [part.window for part in same_linear])
+        names = {_linear_at(part.destination, rows) for part in same_linear}
+        name = names.pop() if len(names) == 1 else ""
+        linear = StoredLinear(tensors, shape, [part.window for part in same_linear], name)
         try:
             check_dtypes(tensors, reader.form.dtypes)
             pieces += reader.read(linear)

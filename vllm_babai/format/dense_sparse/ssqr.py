@@ -1,17 +1,28 @@
 """SSQR, dense + sparse: `bits` per weight, and an overflow blob with what does not fit. Nothing is clipped."""
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_babai.compiled import parallel_map
 from vllm_babai.errors import FormatError
 from vllm_babai.format.base import Format
-from vllm_babai.format.dense_sparse.overflow import decode_overflow, encode_overflow, read_header
-from vllm_babai.format.dense_sparse.packing import pack, unpack
+from vllm_babai.format.checks import check_scales, check_shape
+from vllm_babai.format.dense_sparse.overflow import (
+    StoredOverflow,
+    encode_overflow,
+    read_header,
+    read_overflow,
+    tiling,
+)
+from vllm_babai.format.dense_sparse.packing import pack, packed_bytes, unpack
 from vllm_babai.format.lattice import BIT_WIDTHS, MAX_INTEGER, LatticeWeight, integer_range
+from vllm_babai.format.tiling import Tiling
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class SSQR(Format):
     overflow: Tensor
 
     @classmethod
-    def encode(cls, weight: LatticeWeight, bits: int | None = None) -> "SSQR":
+    def encode(cls, weight: LatticeWeight, bits: int | None = None, linear: str = "") -> "SSQR":
         """Store a lattice point with `bits` dense bits per weight; exact for any |z| ≤ 2¹⁵ − 1.
 
         Raises ValueError when no width is given, or the columns have steps of their own.
@@ -52,20 +63,23 @@ class SSQR(Format):
         qweight = pack(dense, bits)
         scales = weight.scales.expand(weight.integers.shape[0], -1).contiguous()
         excess = weight.integers.int() - dense.int()
-        return cls(qweight, scales, encode_overflow(excess, bits, dense_crc(qweight, scales)))
+        tiles = tiling(*weight.integers.shape)
+        crcs = np.array(dense_crcs(qweight, scales, bits, tiles, range(tiles.count)), np.uint32)
+        return cls(qweight, scales, encode_overflow(excess, bits, crcs, linear))
 
-    def decode(self) -> LatticeWeight:
-        """The stored lattice point. Raises FormatError on anything truncated or corrupt."""
+    def decode(self, shape: tuple[int, int] | None = None, linear: str = "") -> LatticeWeight:
+        """The stored lattice point, see `Format.decode`."""
         header = read_header(self.overflow)
+        check_shape((header.rows, header.columns), shape, "overflow")
         if self.qweight.shape[0] != header.rows or self.scales.shape[0] != header.rows:
             raise FormatError(
                 f"overflow blob is of a layer with {header.rows} rows, but qweight has {self.qweight.shape[0]}"
                 f" and scales {self.scales.shape[0]}"
             )
         integers = unpack(self.qweight, header.bits, header.columns)
-        if dense_crc(self.qweight, self.scales) != header.dense_crc:
-            raise FormatError("qweight or scales are corrupt: their CRC does not match the overflow blob's")
-        sparse = decode_overflow(self.overflow)
+        stored = read_overflow(self.overflow, shape, linear)
+        check_dense(self.qweight, self.scales, stored, slice(0, header.rows), slice(0, header.columns))
+        sparse = stored.decode()
         integers[sparse.rows.long(), sparse.columns.long()] += sparse.excess.short()
         return LatticeWeight(integers, self.scales)
 
@@ -75,8 +89,49 @@ class SSQR(Format):
         return integer_range(read_header(self.overflow).bits)
 
 
-def dense_crc(qweight: Tensor, scales: Tensor) -> int:
-    """CRC-32 of the bytes of qweight, then of scales."""
+def dense_crcs(qweight: Tensor, scales: Tensor, bits: int, tiles: Tiling, some: Sequence[int]) -> list[int]:
+    """CRC-32 of the dense part of some tiles: of the bytes of qweight that hold its columns, then of their scales.
+
+    Bytes and scales that a tile shares with its neighbour count in both.
+    """
+    stored, groups = qweight.numpy(), scales.view(torch.int16).numpy()  # numpy has no bfloat16
+    per_row = groups.shape[1]
+
+    def crc(index: int) -> int:
+        tile = tiles.tile(index)
+        rows, first, last = slice(tile.row_start, tile.row_stop), tile.column_start, tile.column_stop
+        of_columns = slice(first * per_row // tiles.columns, -(-last * per_row // tiles.columns))
+        dense = np.ascontiguousarray(stored[rows, first * bits // 8 : packed_bytes(last, bits)])
+        return zlib.crc32(np.ascontiguousarray(groups[rows, of_columns]).data, zlib.crc32(dense.data))
+
+    return parallel_map(crc, some)
+
+
+def check_dense(qweight: Tensor, scales: Tensor, overflow: StoredOverflow, rows: slice, columns: slice) -> None:
+    """Raise FormatError when a window of the dense part is damaged or holds scales that are none.
+
+    All tiles that overlap the window are checked. In version 2 of the overflow blob that is possible for the whole
+    linear alone; for a part of it nothing but its scales is.
+    """
+    header, whole = overflow.header, (slice(0, overflow.header.rows), slice(0, overflow.header.columns))
+    if scales.dim() != 2 or not scales.shape[1]:
+        raise FormatError(f"qweight or scales are corrupt: scales has shape {tuple(scales.shape)}")
+    if overflow.dense_crcs is not None:
+        tiles = header.overlapping(rows, columns)
+        found = np.array(dense_crcs(qweight, scales, header.bits, header, tiles), np.uint32)
+        damaged = np.flatnonzero(found != overflow.dense_crcs[tiles])
+        if len(damaged):
+            tile = header.tile(tiles[damaged[0]])
+            raise FormatError(
+                "qweight or scales are corrupt: their CRC does not match the overflow blob's "
+                f"(rows {tile.row_start}…{tile.row_stop - 1}, columns {tile.column_start}…{tile.column_stop - 1})"
+            )
+    elif (rows, columns) == whole and _whole_crc(qweight, scales) != header.dense_crc:
+        raise FormatError("qweight or scales are corrupt: their CRC does not match the overflow blob's")
+    check_scales(scales[rows])
+
+
+def _whole_crc(qweight: Tensor, scales: Tensor) -> int:
     crc = 0
     for part in (qweight, scales):
         crc = zlib.crc32(part.flatten().view(torch.uint8).numpy().data, crc)

@@ -1,17 +1,16 @@
-"""What the compiled loops of the entropy code are called with. Needs no numba, which takes NamedTuples as they are."""
+"""What the compiled loops of the entropy code are called with. Needs no numba, which takes NamedTuples as they are.
+
+numba's cache on disk refers to these classes by module and name, and cannot be read when one has moved: keep them
+importable from here.
+"""
 
 from typing import NamedTuple
 
 import numpy as np
 
+from vllm_babai.format.tiling import Tile
 
-class Tile(NamedTuple):
-    """Rows and columns of a matrix that are coded as one stream; the stops are exclusive."""
-
-    row_start: int
-    row_stop: int
-    column_start: int
-    column_stop: int
+__all__ = ["Code", "Stream", "Tile", "padded"]
 
 
 class Code(NamedTuple):

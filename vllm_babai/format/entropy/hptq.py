@@ -28,54 +28,36 @@ from torch import Tensor
 from vllm_babai.compiled import parallel_map
 from vllm_babai.errors import FormatError
 from vllm_babai.format.base import Format
-from vllm_babai.format.entropy.classes import Classes
+from vllm_babai.format.checks import check_owner, check_scales, check_shape, name_crc
+from vllm_babai.format.entropy.classes import MAX_CLASSES, Classes
 from vllm_babai.format.entropy.code import Code, Stream, Tile, padded
 from vllm_babai.format.entropy.exponents import exponent_bits, pack_exponents, unpack_exponents
 from vllm_babai.format.entropy.probability import CodeModel, fit_code_model, pack_code_model, unpack_code_model
 from vllm_babai.format.entropy.tables import MAX_SHIFT, decoder_table, encoder_table
 from vllm_babai.format.lattice import LatticeWeight
-from vllm_babai.format.window import within
+from vllm_babai.format.tiling import Tiling, within
 
 MAGIC = b"BBHQ"
-VERSION = 1
-HEADER = struct.Struct("<4s5B2I2Hh2I")  # magic; version, shift, lanes, contexts, steps; matrix; tile; offset; CRCs
+VERSION = 2
+HEADER = struct.Struct(
+    "<4s5B2I2Hh3I"
+)  # magic; version, shift, lanes, contexts, steps; matrix; tile; offset; name; CRCs
+HEADERS = {1: struct.Struct("<4s5B2I2Hh2I"), VERSION: HEADER}  # version 1 had no name
 TILE_COLUMNS = 1024
 TILE_WEIGHTS = 1 << 17
 TILE_ROWS = 1 << 15  # at most
+SMALLEST_TILE = 32  # rows, and columns where the matrix has as many
+MAX_CONTEXTS = 2 * MAX_CLASSES - 1
+MAX_SIDE = 1 << 24  # of a matrix
 MAX_LANES = 32
 LANE_WEIGHTS = 1 << 14  # of a matrix, per lane, where there are few
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How a matrix is cut: its own size, the tiles' and how many lanes each has."""
+class Shape(Tiling):
+    """How a matrix is cut into tiles, and how many lanes each has."""
 
-    rows: int
-    columns: int
-    tile_rows: int
-    tile_columns: int
     lanes: int
-
-    @property
-    def across(self) -> int:
-        """Tiles side by side."""
-        return -(-self.columns // self.tile_columns)
-
-    @property
-    def count(self) -> int:
-        """Tiles in all."""
-        return -(-self.rows // self.tile_rows) * self.across
-
-    def tile(self, index: int) -> Tile:
-        """Bounds of a tile."""
-        row, column = index // self.across * self.tile_rows, index % self.across * self.tile_columns
-        return Tile(row, min(row + self.tile_rows, self.rows), column, min(column + self.tile_columns, self.columns))
-
-    def overlapping(self, rows: slice, columns: slice) -> list[int]:
-        """The tiles that hold something of a window, row by row."""
-        down = range(rows.start // self.tile_rows, -(-rows.stop // self.tile_rows))
-        right = range(columns.start // self.tile_columns, -(-columns.stop // self.tile_columns))
-        return [y * self.across + x for y in down for x in right]
 
 
 @dataclass(frozen=True)
@@ -104,9 +86,10 @@ class Coded:
         return Stream(self.words, int(self.ends[tile - 1]) if tile else 0, int(self.ends[tile]))
 
     def check_scales(self, scales: Tensor) -> None:
-        """Raise FormatError when `scales` are not those that the blob was stored with."""
+        """Raise FormatError when `scales` are not those that the blob was stored with, or are no steps."""
         if _scales_crc(scales) != self.scales_crc:
             raise FormatError("scales are corrupt: their CRC does not match the codes blob's")
+        check_scales(scales)
 
 
 @dataclass(frozen=True)
@@ -124,14 +107,17 @@ class HPTQ(Format):
     scales: Tensor
 
     @classmethod
-    def encode(cls, weight: LatticeWeight, bits: int | None = None) -> "HPTQ":
+    def encode(cls, weight: LatticeWeight, bits: int | None = None, linear: str = "") -> "HPTQ":
         """Store a lattice point; exact for any int16 integers. There are no dense bits: `bits` changes nothing."""
         scales = weight.scales.contiguous()
-        return cls(encode_integers(weight.integers, _scales_crc(scales), weight.column_exponents), scales)
+        return cls(encode_integers(weight.integers, _scales_crc(scales), weight.column_exponents, linear), scales)
 
-    def decode(self) -> LatticeWeight:
-        """The stored lattice point. Raises FormatError on anything truncated or corrupt."""
-        coded = read_blob(self.codes)
+    def decode(self, shape: tuple[int, int] | None = None, linear: str = "") -> LatticeWeight:
+        """The stored lattice point, see `Format.decode`."""
+        coded = read_blob(self.codes, shape, linear)
+        rows, columns = coded.shape.rows, coded.shape.columns
+        if self.scales.dim() != 2 or self.scales.shape[0] not in (1, rows) or columns % max(1, self.scales.shape[1]):
+            raise FormatError(f"scales {tuple(self.scales.shape)} do not fit a layer of {rows} × {columns}")
         coded.check_scales(self.scales)
         return LatticeWeight(decode_integers(coded), self.scales, coded.exponents)
 
@@ -151,8 +137,8 @@ def predicted_bytes(integers: Tensor, exponents: Tensor | None = None) -> float:
     return HEADER.size + bits / 8
 
 
-def encode_integers(integers: Tensor, scales_crc: int, exponents: Tensor | None = None) -> Tensor:
-    """Integers, int16 [out, in], and exponents of their columns' steps, if any → blob, uint8 [bytes]."""
+def encode_integers(integers: Tensor, scales_crc: int, exponents: Tensor | None = None, linear: str = "") -> Tensor:
+    """Integers, int16 [out, in], of a linear, and exponents of their columns' steps, if any → blob, uint8 [bytes]."""
     from vllm_babai.format.entropy import rans
 
     matrix = np.ascontiguousarray(integers.numpy())
@@ -167,38 +153,62 @@ def encode_integers(integers: Tensor, scales_crc: int, exponents: Tensor | None 
     body = b"".join((side, bytes(-(HEADER.size + len(side)) % 4), ends.tobytes(), *(s.tobytes() for s in streams)))
     size = (shape.rows, shape.columns, shape.tile_rows, shape.tile_columns)
     numbers = (VERSION, model.shift, shape.lanes, len(model.codes), exponents is not None)
-    fields = (MAGIC, *numbers, *size, model.offset, scales_crc)
+    fields = (MAGIC, *numbers, *size, model.offset, name_crc(linear), scales_crc)
     crc = zlib.crc32(body, zlib.crc32(HEADER.pack(*fields, 0)))
     return torch.from_numpy(np.frombuffer(HEADER.pack(*fields, crc) + body, np.uint8).copy())
 
 
-def read_blob(blob: Tensor) -> Coded:
-    """Check a blob's magic, version, CRC and lengths, and take it apart. Raises FormatError."""
+def read_blob(blob: Tensor, shape: tuple[int, int] | None = None, linear: str = "") -> Coded:
+    """Check a blob's magic, version, CRC and lengths, and take it apart. Raises FormatError.
+
+    shape: rows and columns of its linear, checked before anything is allocated; None where it is not known. linear: its
+    name, or "".
+    """
     raw = blob.contiguous().numpy().data
-    if len(raw) < HEADER.size or raw[:4] != MAGIC:
+    if len(raw) <= len(MAGIC) or raw[:4] != MAGIC:
         raise FormatError("codes blob is truncated, or no codes blob")
-    *fields, scales_crc, crc = HEADER.unpack_from(raw)
-    _, version, shift, lanes, contexts, steps, rows, columns, tile_rows, tile_columns, offset = fields
-    if version != VERSION:
-        raise FormatError(f"codes blob has format version {version}; this version reads {VERSION}")
-    body = raw[HEADER.size :]
-    if zlib.crc32(body, zlib.crc32(HEADER.pack(*fields, scales_crc, 0))) != crc:
+    header = HEADERS.get(raw[len(MAGIC)])
+    if header is None:
+        raise FormatError(f"codes blob has format version {raw[len(MAGIC)]}; this version reads {tuple(HEADERS)}")
+    if len(raw) < header.size:
+        raise FormatError("codes blob is truncated")
+    *fields, crc = header.unpack_from(raw)
+    if zlib.crc32(raw[header.size :], zlib.crc32(header.pack(*fields, 0))) != crc:
         raise FormatError("codes blob is truncated or corrupt: its CRC does not match")
-    if min(tile_rows, tile_columns, lanes, contexts) < 1 or lanes > MAX_LANES or shift > MAX_SHIFT:
-        raise FormatError("codes blob has a header that no encoder writes")
-    shape = Shape(rows, columns, tile_rows, tile_columns, lanes)
-    model, length = unpack_code_model(body, rows, columns, offset, shift, contexts)
+    shift, lanes, contexts, steps, rows, columns, tile_rows, tile_columns, offset, *names, scales_crc = fields[2:]
+    check_shape((rows, columns), shape, "codes")
+    tiling = _check_header(Shape(rows, columns, tile_rows, tile_columns, lanes), shift, contexts)
+    check_owner(names[0] if names else 0, linear, "codes")
+    body = raw[header.size :]
+    if len(body) < contexts + 4 * (1 + lanes) * tiling.count or len(raw) % 2:
+        raise FormatError("codes blob is too short for its tiles")
+    model, length = unpack_code_model(body, (rows, columns), offset, shift, contexts)
     exponents = None
     if steps:
         exponents, length = unpack_exponents(body, length, columns)
-    start = length + -(HEADER.size + length) % 4
-    if len(body) < start + 4 * shape.count or len(raw) % 2:
+    start = length + -(header.size + length) % 4
+    if len(body) < start + 4 * tiling.count:
         raise FormatError("codes blob is too short for its tiles")
-    ends = np.frombuffer(body, "<u4", shape.count, start).astype(np.int64)
-    words = np.frombuffer(body[start + 4 * shape.count :], "<u2")
+    ends = np.frombuffer(body, "<u4", tiling.count, start).astype(np.int64)
+    words = np.frombuffer(body[start + 4 * tiling.count :], "<u2")
     if (np.diff(ends, prepend=0) < 0).any() or (ends[-1] if len(ends) else 0) != len(words):
         raise FormatError("codes blob has tiles that do not fit its length")
-    return Coded(shape, model, exponents, scales_crc, ends, padded(words, lanes))
+    return Coded(tiling, model, exponents, scales_crc, ends, padded(words, lanes))
+
+
+def _check_header(shape: Shape, shift: int, contexts: int) -> Shape:
+    """The shape of a header that an encoder may have written; else FormatError. Bounds what decoding can take."""
+    if not (
+        1 <= shape.lanes <= MAX_LANES
+        and shift <= MAX_SHIFT
+        and 1 <= contexts <= MAX_CONTEXTS
+        and max(shape.rows, shape.columns) <= MAX_SIDE
+        and shape.tile_rows >= SMALLEST_TILE
+        and shape.tile_columns >= max(1, min(SMALLEST_TILE, shape.columns))
+        and shape.tile_rows * shape.tile_columns <= TILE_WEIGHTS
+    ):
+        raise FormatError("codes blob has a header that no encoder writes")
+    return shape
 
 
 def decode_integers(coded: Coded, row_window: slice | None = None, column_window: slice | None = None) -> Tensor:

@@ -109,7 +109,7 @@ def pack_code_model(model: CodeModel) -> bytes:
 
 
 def unpack_code_model(
-    raw: memoryview, rows: int, columns: int, offset: int, shift: int, contexts: int
+    raw: memoryview, shape: tuple[int, int], offset: int, shift: int, contexts: int
 ) -> tuple[CodeModel, int]:
     """The model that `pack_code_model` wrote at the start of `raw`, and how many bytes it takes. Raises FormatError."""
     try:
@@ -121,9 +121,9 @@ def unpack_code_model(
                 frequencies[context] = tables.gaussian(int(code), shift)
             else:
                 frequencies[context], position = _unpack_table(raw, position)
-        classes = one_class(rows, columns)
+        classes = one_class(*shape)
         if contexts > 1:
-            vectors, position = unpack_vectors(raw, position, [rows, columns])
+            vectors, position = unpack_vectors(raw, position, list(shape))
             classes = Classes(*vectors)
     except (struct.error, ValueError) as error:
         raise FormatError(f"codes blob has a damaged model: {error}") from error

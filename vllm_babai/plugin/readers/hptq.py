@@ -39,10 +39,8 @@ class HPTQReader(Reader[CodedWindow, Weight]):
     def read(self, linear: StoredLinear) -> list[CodedWindow]:
         """See `Reader`. Scales become those of rows, so that one matrix can be stacked with another."""
         blob, scales = linear.tensors["codes"], linear.tensors["scales"]
-        coded, (rows, columns) = read_blob(blob), linear.shape
-        stored, groups = coded.shape, self.scheme.groups(columns)
-        if (stored.rows, stored.columns) != (rows, columns):
-            raise FormatError(f"the layer is {rows} × {columns}, but codes is of {stored.rows} × {stored.columns}")
+        rows, columns = linear.shape
+        coded, groups = read_blob(blob, linear.shape, linear.name), self.scheme.groups(columns)
         if scales.shape != (1, groups):
             check_shape("scales", scales, (rows, groups))
         coded.check_scales(scales)

@@ -23,11 +23,15 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """One linear as it lies in the checkpoint: its tensors by name, its size, and the windows that this rank takes."""
+    """One linear as it lies in the checkpoint: its tensors by name, its size, and the windows that this rank takes.
+
+    name: in the checkpoint; "" where vLLM has names for parts of it only, because they are fused on disk.
+    """
 
     tensors: dict[str, Tensor]
     shape: tuple[int, int]
     windows: list[Window]
+    name: str = ""
 
     @property
     def taken_whole(self) -> bool:

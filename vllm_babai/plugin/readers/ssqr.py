@@ -6,9 +6,10 @@ from itertools import accumulate
 
 import torch
 
-from vllm_babai.format import BIT_WIDTHS, SSQR, FormatError, Overflow, decode_overflow, packed_bytes, read_header
-from vllm_babai.format.dense_sparse.ssqr import dense_crc
-from vllm_babai.plugin.readers.reader import Reader, StoredLinear, check_shape
+from vllm_babai.format import BIT_WIDTHS, SSQR, FormatError, Overflow, packed_bytes, read_header
+from vllm_babai.format.dense_sparse.overflow import read_overflow
+from vllm_babai.format.dense_sparse.ssqr import check_dense
+from vllm_babai.plugin.readers.reader import Reader, StoredLinear, Window, check_shape
 from vllm_babai.plugin.residency import PackedWeight
 
 
@@ -32,7 +33,10 @@ class SSQRReader(Reader[PackedWeight, PackedWeight]):
         return whole_bytes if self.scheme.group_size == -1 else math.lcm(whole_bytes, self.scheme.group_size)
 
     def read(self, linear: StoredLinear) -> list[PackedWeight]:
-        """See `Reader`. The CRC of the dense part is checked where the rank takes all of it."""
+        """See `Reader`. Every tile of the dense part that a window touches is checked against its CRC.
+
+        Blobs of version 2 have one CRC, which is checked where the rank takes the whole linear.
+        """
         qweight, scales, blob = (linear.tensors[name] for name in ("qweight", "scales", "overflow"))
         bits, (rows, columns) = self.bits, linear.shape
         header = read_header(blob)
@@ -43,13 +47,14 @@ class SSQRReader(Reader[PackedWeight, PackedWeight]):
             )
         check_shape("qweight", qweight, (rows, packed_bytes(columns, bits)))
         check_shape("scales", scales, (rows, self.scheme.groups(columns)))
-        if linear.taken_whole and dense_crc(qweight, scales) != header.dense_crc:
-            raise FormatError("qweight or scales are corrupt: their CRC does not match the one in overflow")
+        stored = read_overflow(blob, linear.shape, linear.name)
+        for window in [Window(slice(0, rows), slice(0, columns))] if linear.taken_whole else linear.windows:
+            check_dense(qweight, scales, stored, *window)
         weights = []
         for window in linear.windows:
             first, last = window.columns.start, window.columns.stop
             packed = slice(first * bits // 8, packed_bytes(last, bits))
-            overflow = decode_overflow(blob, *window)
+            overflow = stored.decode(*window)
             scales_of_window = scales[window.rows, self.groups(window)]
             weights.append(PackedWeight(bits, qweight[window.rows, packed], scales_of_window, overflow))
         return weights
