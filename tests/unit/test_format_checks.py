@@ -99,6 +99,13 @@ def test_swapped_linears_are_refused(form: type[SSQR] | type[HPTQ]) -> None:
             stored.decode(linear=other)
 
 
+@pytest.mark.parametrize("by", ["rows", "columns"])
+def test_every_rank_refuses_another_linear(by: str) -> None:
+    for window in windows(2, by):
+        with pytest.raises(FormatError, match="overflow belongs to another linear"):
+            read(STORED[1], window, name=OTHER)
+
+
 def test_names() -> None:
     assert name_crc("") == 0
     assert name_crc("lm_head") == name_crc("language_model.lm_head") == zlib.crc32(b"lm_head")

@@ -450,3 +450,12 @@ def test_a_head_that_the_checkpoint_does_not_name_stays_as_it_is() -> None:
 def test_a_rank_without_a_part_of_the_vocabulary() -> None:
     with pytest.raises(ValueError, match="lm_head: a vocabulary of 330 leaves this rank no part of it"):
         make_layer("lm_head", 7, 8)
+
+
+@pytest.mark.parametrize("form", [SSQR, HPTQ])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tensors_of_another_linear(form: type[SSQR] | type[HPTQ], ranks: int) -> None:
+    weight = random_weight(192) if form is SSQR else gaussian_weight(192, 1.5)
+    with pytest.raises(FormatError, match=r"model\.column: (overflow|codes) belongs to another linear"):
+        layer = make_layer("column", ranks=ranks, checkpoint=CheckpointConfig(form.name, 4))
+        load(layer, [(None, form.encode(weight, 4, "model.row"))])
