@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vllm_babai.format.config import digest_of
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.dense import dense_tensors
@@ -32,6 +33,11 @@ def test_there_and_back_is_byte_identical(quantized: Path, tmp_path: Path) -> No
     back = convert(there, tmp_path / "back", quantized.name, torch.float32)
     for path in quantized.glob("*.safetensors"):
         assert filecmp.cmp(path, back / path.name, shallow=False), path.name
+    digests = {}
+    for folder in (quantized, there, back):
+        digests[folder] = open_checkpoint(folder).config()["quantization_config"]["digest"]
+        assert digests[folder] == digest_of(folder.glob("*.safetensors"))
+    assert digests[quantized] == digests[back] != digests[there]
 
 
 def test_all_forms_have_the_same_dense_weights(quantized: Path, tmp_path: Path) -> None:
