@@ -122,10 +122,9 @@ def open_run(
 
 def _expected_bytes(prepared: Prepared, options: QuantizeOptions) -> int:
     """Bytes of the checkpoint to come, about: the original's, with the bits asked for in place of 16."""
-    skeleton = prepared.model.skeleton
-    linears = [skeleton.get_parameter(f"{name}.weight") for part in prepared.parts for name in part.linears]
-    saved = 16 - (options.planned_rate or options.bits)
-    return prepared.model.checkpoint.bytes() - int(saved / 8 * sum(weight.numel() for weight in linears))
+    model, saved = prepared.model, 16 - (options.planned_rate or options.bits)
+    linears = [model.linears(part.name)[name] for part in prepared.parts for name in part.linears]
+    return model.checkpoint.bytes() - int(saved / 8 * sum(linear.weight.numel() for linear in linears))
 
 
 def _totals(layers: list[dict[str, Any]], files: list[Path]) -> dict[str, Any]:
