@@ -4,8 +4,9 @@
 VENV := .venv/bin
 CODE := vllm_babai offline triton_kernels deploy tests
 
-# Test files that run at a time: `make test WORKERS="-n 2 --dist loadfile"` on two cores, with OMP_NUM_THREADS=1.
-WORKERS :=
+# Two test files at a time, each on one thread; `make test WORKERS=` runs one after the other.
+WORKERS := -n 2 --dist loadfile
+test test-all faults: export OMP_NUM_THREADS := 1
 
 .PHONY: demo test test-all faults lint format setup clean
 
