@@ -6,7 +6,7 @@ CODE := vllm_babai offline triton_kernels deploy tests
 
 # Two test files at a time, each on one thread; `make test WORKERS=` runs one after the other.
 WORKERS := -n 2 --dist loadfile
-test test-all faults: export OMP_NUM_THREADS := 1
+test test-all: export OMP_NUM_THREADS := 1
 
 .PHONY: demo test test-all faults lint format setup clean
 
@@ -21,7 +21,7 @@ test-all: lint
 
 # Mistakes, damaged files and damage drawn at random, with a table of how each ended.
 faults: setup
-	$(VENV)/python -m pytest $(WORKERS) tests/faults
+	$(VENV)/python -m pytest tests/faults
 
 lint: setup
 	$(VENV)/ruff check $(CODE)
