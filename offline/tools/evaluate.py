@@ -113,13 +113,24 @@ def evaluate(
     if original is not None:
         reference = torch.cat(original_nll).double()
         comparison = Comparison(
-            math.exp(float(reference.mean())),
+            _perplexity(float(reference.mean()), against),
             *_mean_and_error(nll - reference),
             *_mean_and_error(torch.cat(divergence).double()),
             float(torch.cat(agreement).mean()),
         )
     by_position = [float(part.mean()) for part in nll.chunk(8, dim=1)]
-    return Evaluation(math.exp(mean), mean, error, by_position, nll.numel(), len(windows), window, comparison)
+    return Evaluation(_perplexity(mean, model), mean, error, by_position, nll.numel(), len(windows), window, comparison)
+
+
+def _perplexity(nll: float, model: str | Path | None) -> float:
+    """exp(nll). Raises QuantizationError where it is no number, as with a damaged embedding or norm."""
+    try:
+        perplexity = math.exp(nll)
+    except OverflowError:
+        perplexity = math.inf
+    if not math.isfinite(perplexity):
+        raise QuantizationError(f"{model}: {nll:g} nats per token, so its weights are damaged: copy it again")
+    return perplexity
 
 
 def _predict(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -197,3 +197,13 @@ def test_nan_in_a_dense_model_is_named(source: Path, text: Path, tmp_path: Path,
     found = babai("eval", folder, "--data", text, "--window", 32)
     assert found.refused, found
     assert "model.norm.weight has NaN" in found.error
+
+
+def test_a_perplexity_that_is_no_number_is_refused(source: Path, text: Path, tmp_path: Path, babai: Any) -> None:
+    folder = shutil.copytree(source, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] *= 1e6
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = babai("eval", folder, "--data", text, "--window", 32)
+    assert found.refused, found
+    assert str(folder) in found.error and "nats per token" in found.error

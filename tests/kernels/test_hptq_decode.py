@@ -49,7 +49,7 @@ def check_decoder(rows: int, columns: int, window: slice, sigma: float, uneven: 
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """All lanes and many segments in matrices that an interpreter gets through."""
     monkeypatch.setattr(hptq, "LANE_WEIGHTS", 64)
-    monkeypatch.setattr(hptq, "TILE_WEIGHTS", 1024)
+    monkeypatch.setattr(hptq, "TILE_WEIGHTS", 8192)  # of 32 rows at the least
     monkeypatch.setattr(hptq, "TILE_COLUMNS", 256)
     monkeypatch.setattr(segments, "SEGMENT_WEIGHTS", 512)
 
