@@ -252,7 +252,6 @@ def cannot_be_seen(kind: str) -> bool:
 NUMBERS = st.integers(0, 2**32)
 
 
-@pytest.mark.long
 def test_damage_is_refused_by_name_or_harmless(
     quantized: Path, text: Path, tmp_path: Path, babai: Any, figures: Any, baselines: Any
 ) -> None:
