@@ -23,7 +23,7 @@ def test_round_trip() -> None:
 
 
 def test_every_format_has_its_name_and_a_dtype_for_each_stored_tensor() -> None:
-    assert tuple(FORMATS) == ("ssqr", "hptq")
+    assert tuple(FORMATS) == ("ssqr", "hptq", "trellis")
     for name, form in FORMATS.items():
         assert form.name == name
         assert tuple(form.dtypes) == tuple(field.name for field in fields(form))  # type: ignore[arg-type]
@@ -72,7 +72,7 @@ def test_scales_per_row(group_size: int, groups: int) -> None:
         ({"residency": "coded"}, "'coded' is for checkpoints of format 'hptq'; this one is 'ssqr'"),
         ({"bits": 6}, "bits of the checkpoint is 6"),
         ({"overrides": {"model.layers.0.mlp.up_proj": {"bits": 7}}}, "bits of model.layers.0.mlp.up_proj is 7"),
-        ({"format": "gguf"}, r"format is 'gguf'; this version reads \('ssqr', 'hptq'\)"),
+        ({"format": "gguf"}, r"format is 'gguf'; this version reads \('ssqr', 'hptq', 'trellis'\)"),
         ({"group_size": 100}, r"group_size of the checkpoint is 100; this version reads \(-1, 32, 64, 128\)"),
         ({"overrides": {"up_proj": {"group_size": 0}}}, "group_size of up_proj is 0"),
         (

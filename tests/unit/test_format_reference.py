@@ -1,4 +1,4 @@
-"""Both blobs decoded by a plain reading of vllm_babai/format/README.md, without any of the package's own decoders.
+"""The blobs decoded by a plain reading of vllm_babai/format/README.md, without any of the package's own decoders.
 
 Slow and simple on purpose: whoever writes a decoder in another language can start from this file.
 """
@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_babai.format import BIT_WIDTHS, HPTQ, SSQR, LatticeWeight, step_exponents
+from vllm_babai.format import BIT_WIDTHS, HPTQ, SSQR, LatticeWeight, Trellis, TrellisWeight, step_exponents
 from vllm_babai.format.dense_sparse import overflow
 from vllm_babai.format.entropy import hptq
+from vllm_babai.format.trellis import blob as trellis
 
 README = Path(__file__).parents[2] / "vllm_babai" / "format" / "README.md"
+MULTIPLIERS = [0, 0, 0x3BBD85A1, 0x6D7D2377, 0x41EE7ED1, 0xF25867C1, 0x9394C293, 0x8FCB4199, 0xB303FCD9]
+MULTIPLIERS += [0xBB1EB813, 0xBB1EB813]
 TOTAL, ESCAPE, CENTRE = 4096, 255, 127
 LINEAR = "model.layers.7.up_proj"
 Matrix = list[list[int]]
@@ -221,6 +224,37 @@ def decode_hptq(stored: HPTQ) -> tuple[Matrix, list[int] | None]:
     return integers, exponents
 
 
+def decode_trellis(stored: Trellis) -> list[list[float]]:
+    """The dense weight, row by row."""
+    blob = stored.trellis.numpy().tobytes()
+    rows, columns, base = struct.unpack_from("<2If", blob, 8)
+    blocks, tiles, start = -(-rows // 16), -(-columns // 64), 28
+    half = -(-tiles // 2)
+    nibbles = [[byte >> 4 * k & 15 for byte in blob[start + half * b :][:half] for k in (0, 1)] for b in range(blocks)]
+    rates, start = [row[:tiles] for row in nibbles], start + half * blocks
+    order, exponents, start = blob[start:][: 16 * blocks], blob[start + 16 * blocks :], start + 32 * blocks
+    start += -start % 4 + 4 * -(-rows // 256)
+    words = struct.unpack_from(f"<{16 * sum(map(sum, rates))}I", blob, start)
+    weight, at = [[0.0] * columns for _ in range(rows)], 0
+    for place in range(16 * blocks):
+        block, own = divmod(place, 16)
+        row, word, state, values = block // 16 * 256 + order[place], at + own, 0, []
+        for bits in rates[block]:
+            stream = "".join(f"{words[word + 16 * i]:032b}" for i in range(bits))
+            for pair in range(32):
+                state = (state << bits | int(stream[bits * pair :][:bits], 2)) % (1 << 32)
+                product = state * MULTIPLIERS[bits] % (1 << 32) & 0x8FFF8FFF
+                values += struct.unpack("<2e", struct.pack("<I", product))
+            word += 16 * bits
+        if own == 15:
+            at += 16 * sum(rates[block])
+        scale = 0.0 if exponents[place] == 255 else base * halved(exponents[place] / 16)
+        if row < rows:
+            rounded = float(torch.tensor(scale).bfloat16())
+            weight[row] = [value * rounded for value in values[:columns]]
+    return weight
+
+
 def matrix(rows: int, columns: int, sigma: float) -> torch.Tensor:
     return torch.round(sigma * torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))).short()
 
@@ -260,13 +294,32 @@ def test_hptq_with_classes_and_lanes() -> None:
     assert decode_hptq(stored) == (integers.tolist(), None)
 
 
+@pytest.mark.parametrize("shape", [(40, 130), (300, 64), (16, 2)])
+def test_trellis(shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    generator = np.random.default_rng(0)
+    blocks, tiles = -(-rows // 16), -(-columns // 64)
+    rates = generator.integers(2, 11, (blocks, tiles)).astype(np.uint8)
+    spans = np.split(np.arange(16 * blocks), range(256, 16 * blocks, 256))
+    order = np.concatenate([generator.permutation(span) for span in spans])
+    words = generator.integers(0, 1 << 32, 16 * int(rates.sum()), dtype=np.uint32)
+    exponents = generator.integers(0, 256, 16 * blocks).astype(np.uint8)
+    stored = Trellis.encode(TrellisWeight(shape, rates, order, 0.75, exponents, words))
+    assert decode_trellis(stored) == stored.decode().dequantize().tolist()
+
+
 @pytest.mark.parametrize(
-    ("title", "header"), [("Header of `overflow`", overflow.HEADER), ("Header of `codes`", hptq.HEADER)]
+    ("title", "header"),
+    [
+        ("Header of `overflow`", overflow.HEADER),
+        ("Header of `codes`", hptq.HEADER),
+        ("Header of `trellis`", trellis.HEADER),
+    ],
 )
 def test_headers_are_as_the_readme_lists_them(title: str, header: struct.Struct) -> None:
     section = README.read_text().split(f"### {title}\n")[1].split("\n#")[0]
     rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| ") and line[2].isdigit()]
-    kinds = {"4 bytes": "4s", "u8": "B", "u16": "H", "i16": "h", "u32": "I"}
+    kinds = {"4 bytes": "4s", "u8": "B", "u16": "H", "i16": "h", "u32": "I", "f32": "f"}
     types = [kinds[kind.strip()] for _, kind in rows]
     assert [int(offset) for offset, _ in rows] == [struct.calcsize("<" + "".join(types[:i])) for i in range(len(types))]
     assert struct.calcsize("<" + "".join(types)) == header.size

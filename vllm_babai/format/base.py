@@ -2,16 +2,29 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from vllm_babai.errors import FormatError
-from vllm_babai.format.lattice import LatticeWeight
 
 
-class Format(ABC):
+class Weight(Protocol):
+    """What a format stores exactly: a lattice point (`format.lattice`), or a trellis (`trellis.blob`)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """out_features, in_features."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [out_features, in_features]."""
+
+
+Stored = TypeVar("Stored", bound=Weight)
+
+
+class Format(ABC, Generic[Stored]):
     """One linear as a checkpoint stores it. A subclass is a frozen dataclass whose fields are the stored tensors.
 
     name: in `quantization_config` and on the command line. dtypes: of the stored tensors, by name, in the order of the
@@ -26,15 +39,15 @@ class Format(ABC):
 
     @classmethod
     @abstractmethod
-    def encode(cls, weight: LatticeWeight, bits: int | None = None, linear: str = "") -> Self:
-        """Store a lattice point exactly. Raises ValueError for one that the format cannot hold.
+    def encode(cls, weight: Stored, bits: int | None = None, linear: str = "") -> Self:
+        """Store a weight exactly. Raises ValueError for one that the format cannot hold.
 
         linear: its full name; tensors that end up below another name are then refused.
         """
 
     @abstractmethod
-    def decode(self, shape: tuple[int, int] | None = None, linear: str = "") -> LatticeWeight:
-        """The stored lattice point. Raises FormatError for anything truncated or corrupt.
+    def decode(self, shape: tuple[int, int] | None = None, linear: str = "") -> Stored:
+        """The stored weight. Raises FormatError for anything truncated or corrupt.
 
         shape: [out, in] that the model expects, which is checked before anything is allocated. linear: the name under
         which the tensors are stored. None and "" where these are not known.

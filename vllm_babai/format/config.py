@@ -15,7 +15,7 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1: SSQR with one CRC for a whole linear, no names of linears, no digest
 QUANT_METHOD = "babai"
 GROUP_SIZES = (-1, 32, 64, 128)
-RESIDENCIES = ("packed", "coded")
+RESIDENCIES = ("packed", "coded", "tiled")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CheckpointConfig:
 
     format: name in `format.FORMATS`. bits, group_size: scheme of every linear that `overrides` does not name.
     ignore: full names of linears stored as they were. overrides: full name of a linear → fields of its LayerScheme.
-    residency: of HPTQ while it is served: `packed`, dense + sparse, or `coded`, decoded by every matmul.
+    residency: while it is served: `packed`, dense + sparse; `coded`, HPTQ decoded by every matmul; `tiled`, a trellis.
     scope: full names of the modules, decoder blocks, in which linears are quantized; those outside of them are not,
     unless `overrides` names them. None, as in older checkpoints: the whole model.
     digest: of the weight files, see `digest_of`; None in version 1. vLLM keys its compiled graphs on the configuration,

@@ -45,6 +45,12 @@ class LatticeWeight:
         """Factors of the columns, bfloat16 [in_features], or None: a multiplication may as well scale its inputs."""
         return None if self.column_exponents is None else column_factors(self.column_exponents)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """out_features, in_features."""
+        out_features, in_features = self.integers.shape
+        return out_features, in_features
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """S ∘ Z as a dense matrix [out_features, in_features]; rounded once where float32 does not hold it."""
         groups = self.scales.shape[1]

@@ -26,7 +26,7 @@ from vllm_babai.format.tiling import Tiling
 
 
 @dataclass(frozen=True)
-class SSQR(Format):
+class SSQR(Format[LatticeWeight]):
     """One linear layer as it lies on disk.
 
     qweight: uint8 [out_features, packed_bytes(in_features, bits)], see `dense_sparse.packing`.

@@ -93,7 +93,7 @@ class Coded:
 
 
 @dataclass(frozen=True)
-class HPTQ(Format):
+class HPTQ(Format[LatticeWeight]):
     """One linear layer as it lies on disk.
 
     codes: uint8 [bytes], the blob. scales: bfloat16 [1 or out_features, groups].
