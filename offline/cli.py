@@ -131,7 +131,9 @@ def inspect(
         overflow = "" if linear.overflow_rate is None else f"{linear.overflow_rate:.2%}"
         error = "" if linear.relative_error is None else f"{linear.relative_error:.5f}"
         rates = (linear.bits_per_weight, linear.entropy, linear.redundancy)
-        numbers = (str(linear.rows), str(linear.columns), *(f"{rate:.3f}" for rate in rates), str(linear.largest))
+        rates_shown = ("" if rate is None else f"{rate:.3f}" for rate in rates)
+        largest = "" if linear.largest is None else str(linear.largest)
+        numbers = (str(linear.rows), str(linear.columns), *rates_shown, largest)
         table.add_row(linear.name, *numbers, overflow, error)
     console = Console()
     console.print(table)
@@ -145,7 +147,7 @@ def predict(
     model: Model,
     target_bits: Annotated[float, typer.Option(help="Bits per weight, everything counted.")],
     *,
-    format: Annotated[Literal["ssqr", "hptq"], typer.Option(help="Checkpoint format.")] = "ssqr",
+    format: Annotated[Literal["ssqr", "hptq", "trellis"], typer.Option(help="Checkpoint format.")] = "ssqr",
     options: QuantizeOptions,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the trade-off curve.")] = None,
     as_json: Json = False,
@@ -159,7 +161,7 @@ def predict(
     goal = (
         replace(options, format="hptq", rate=target_bits)
         if format == "hptq"
-        else replace(options, target_bits=target_bits)
+        else replace(options, format=format, target_bits=target_bits)
     )
     found = run(model, goal)
     if plot is not None:

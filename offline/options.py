@@ -13,13 +13,16 @@ from vllm_babai.format import BIT_WIDTHS
 from vllm_babai.format.config import GROUP_SIZES
 from vllm_babai.offline.solver.factor import ORDERS, Order
 
+# Bits per weight that a model can have in the trellis form: half of `code.FEWEST_BITS` and `code.MOST_BITS`, and what a
+# row of a small model takes besides.
+TRELLIS_RATES = (1.25, 5.0)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator takes
 # Options that not every format has → the formats that have them.
 FORMATS_OF = {
     "bits": ("ssqr",),
     "overflow": ("ssqr",),
-    "target_bits": ("ssqr",),
+    "target_bits": ("ssqr", "trellis"),
     "group_size": ("ssqr",),
     "rate": ("hptq",),
     "column_steps": ("hptq",),
@@ -33,20 +36,25 @@ class QuantizeOptions:
     Raises QuantizationError that names the option at fault.
     """
 
-    format: Annotated[Literal["ssqr", "hptq"], Option(help="Dense + sparse, or entropy coded.")] = "ssqr"
+    format: Annotated[
+        Literal["ssqr", "hptq", "trellis"], Option(help="Dense + sparse, entropy coded, or a trellis code.")
+    ] = "ssqr"
     bits: Annotated[int, Option(help="SSQR: dense bits per weight: 2, 3, 4, 5 or 8.")] = 4
     overflow: Annotated[float, Option(help="SSQR: share of weights stored sparsely.")] = 0.01
     rate: Annotated[float, Option(help="HPTQ: bits per weight, everything counted.")] = 3.125
     # A step for every column is kept only in linears where it is predicted to lower the error.
     column_steps: Annotated[bool, Option(help="HPTQ: steps by column where they pay.")] = True
-    # Everything is counted; bits and overflow are then chosen for every linear.
+    # Everything is counted. Chosen are bits and overflow of every linear of SSQR, bits of every tile of a trellis.
     target_bits: Annotated[
-        float | None, Option(help="SSQR: bits per weight of the whole model, shared out among linears.")
+        float | None, Option(help="SSQR, trellis: bits per weight of the whole model, shared out among linears.")
     ] = None
     group_size: Annotated[int, Option(help="Input features per scale: -1 (whole rows), 32, 64 or 128.")] = -1
-    order: Annotated[Order, Option(help="Order of nearest plane.")] = "activation"
+    # The trellis's is always `reverse`: its streams run from the first column on.
+    order: Annotated[Order, Option(help="SSQR, HPTQ: order of nearest plane.")] = "activation"
     # One path is Babai's algorithm to the letter; the time grows with their number.
-    paths: Annotated[int, Option(help="Candidates that nearest plane keeps in a row; 1: one.")] = 16
+    paths: Annotated[
+        int, Option(help="Candidates that nearest plane keeps in a row; 1: one. The trellis keeps four times as many.")
+    ] = 16
     calibration: Annotated[str, Option(help="Text: a .jsonl, .txt or .parquet file, or a dataset on the hub.")] = (
         "NeelNanda/pile-10k"
     )
@@ -65,7 +73,7 @@ class QuantizeOptions:
     lm_head: Annotated[
         float | None,
         Option(
-            help="Bits of lm_head, where it is not tied to the embedding: a width for SSQR, a rate for HPTQ; "
+            help="Bits of lm_head, where it is not tied to the embedding: a width for SSQR, else a rate; "
             "without it, it stays as it is."
         ),
     ] = None
@@ -78,8 +86,13 @@ class QuantizeOptions:
         _check("--bits", self.bits in BIT_WIDTHS, f"one of {BIT_WIDTHS}", self.bits)
         _check("--overflow", 0 <= self.overflow <= 0.2, "from 0 to 0.2", self.overflow)
         _check("--rate", 1 <= self.rate <= 8, "from 1 to 8", self.rate)
-        if self.target_bits is not None:
+        if self.format == "trellis":
+            least, most = TRELLIS_RATES
+            wanted = f"from {least} to {most} with --format trellis"
+            _check("--target-bits", least <= (self.target_bits or 0) <= most, wanted, self.target_bits)
+        elif self.target_bits is not None:
             _check("--target-bits", 2 <= self.target_bits <= 8.5, "from 2 to 8.5", self.target_bits)
+        if self.target_bits is not None:
             _check("--target-bits", self.group_size == -1, "used without --group-size", self.target_bits)
             _check("--target-bits", self.sensitivity, "used with --sensitivity", self.target_bits)
         _check("--group-size", self.group_size in GROUP_SIZES, f"one of {GROUP_SIZES}", self.group_size)
@@ -94,7 +107,8 @@ class QuantizeOptions:
         if self.lm_head is not None and self.format == "ssqr":
             _check("--lm-head", self.lm_head in BIT_WIDTHS, f"one of {BIT_WIDTHS} in SSQR", self.lm_head)
         elif self.lm_head is not None:
-            _check("--lm-head", 1 <= self.lm_head <= 8, "from 1 to 8", self.lm_head)
+            least, most = TRELLIS_RATES if self.format == "trellis" else (1, 8)
+            _check("--lm-head", least <= self.lm_head <= most, f"from {least} to {most}", self.lm_head)
         for pattern in self.ignore:
             try:
                 re.compile(pattern)
@@ -109,6 +123,16 @@ class QuantizeOptions:
     def planned_rate(self) -> float | None:
         """Bits per weight that a plan shares out among the linears; None where each gets the same."""
         return self.rate if self.format == "hptq" else self.target_bits
+
+    @property
+    def column_order(self) -> Order:
+        """In which columns are decided."""
+        return "reverse" if self.format == "trellis" else self.order
+
+    @property
+    def row_paths(self) -> int:
+        """Candidates that nearest plane keeps in a row: a path of the trellis has a state to lose, and costs less."""
+        return 4 * self.paths if self.format == "trellis" else self.paths
 
     def resolve_device(self) -> torch.device:
         """The device to compute on. Raises QuantizationError when CUDA is asked for and missing."""

@@ -17,7 +17,13 @@ from vllm_babai.offline.plan.sensitivity import Sensitivity, measure_sensitivity
 from vllm_babai.offline.prepare import Prepared, prepare
 from vllm_babai.offline.run_folder import RunFolder, open_run
 from vllm_babai.offline.scales.column_steps import choose_column_steps
-from vllm_babai.offline.scales.linear import LayerReport, QuantizedLinear, quantize_hptq, quantize_ssqr
+from vllm_babai.offline.scales.linear import (
+    LayerReport,
+    QuantizedLinear,
+    quantize_hptq,
+    quantize_ssqr,
+    quantize_trellis,
+)
 from vllm_babai.offline.solver.drift import corrected
 from vllm_babai.offline.solver.lattice import Lattice
 from vllm_babai.progress import CountingProgress, Phase, counting_progress
@@ -64,9 +70,10 @@ def _checkpoint_config(prepared: Prepared, options: QuantizeOptions, wanted: dic
     model, head = prepared.model, prepared.head
     ignored = [*([] if head else ["lm_head"]), *weights_left_alone(model, wanted)]
     scope = model.block_names
-    if options.format == "hptq":
+    if options.format != "ssqr":
         overrides: dict[str, dict[str, int]] = {head: {}} if head else {}
-        return CheckpointConfig(options.format, ignore=ignored, overrides=overrides, scope=scope)
+        residency = FORMATS[options.format].residencies[0]
+        return CheckpointConfig(options.format, ignore=ignored, overrides=overrides, residency=residency, scope=scope)
     overrides = {n: {"bits": target.bits} for n, target in wanted.items() if target.bits != options.bits or n == head}
     return CheckpointConfig(options.format, options.bits, options.group_size, ignored, overrides, scope=scope)
 
@@ -159,13 +166,16 @@ class _Run:
     def _quantize_linear(self, name: str, group: Group, column_exponents: Tensor | None) -> QuantizedLinear:
         options, target = self.options, self.targets[name]
         rows = self.sensitivity.row_geometry(name) if self.sensitivity else None
-        lattice = Lattice(group.factor, rows, options.paths)
+        lattice = Lattice(group.factor, rows, options.row_paths)
         weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
         if group.drift is not None:
             weight = corrected(weight, group.factor, group.drift)
         if options.format == "hptq":
             rate = self.budget.next_rate(name, weight.numel())
             return quantize_hptq(name, weight, lattice, rate, options.seed, column_exponents)
+        if options.format == "trellis":
+            rate = self.budget.next_rate(name, weight.numel())
+            return quantize_trellis(name, weight, lattice, rate, options.seed)
         return quantize_ssqr(name, weight, lattice, target.bits, options.group_size, target.overflow, options.seed)
 
     def _restore(self, part: Part, linears: dict[str, nn.Linear]) -> None:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_babai.errors import QuantizationError
-from vllm_babai.format import FORMATS, FormatError, LatticeWeight
+from vllm_babai.format import FORMATS, FormatError, Weight
 from vllm_babai.format.config import QUANT_METHOD
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
 from vllm_babai.offline.model.complete import check_complete
 from vllm_babai.offline.model.fp8 import open_source
 from vllm_babai.offline.model.skeleton import architecture, load_config
 
-Stored = tuple[str, LatticeWeight, dict[str, Tensor], tuple[int, int] | None]
+Stored = tuple[str, Weight, dict[str, Tensor], tuple[int, int] | None]
 
 
 def count_stored(checkpoint: Checkpoint) -> int:
@@ -25,7 +25,7 @@ def count_stored(checkpoint: Checkpoint) -> int:
 
 
 def stored_linears(checkpoint: Checkpoint, names: list[str] | None = None) -> Iterator[Stored]:
-    """Quantized linears of a checkpoint: name, lattice point, stored tensors, and dense range where the format has one.
+    """Quantized linears of a checkpoint: name, weight, stored tensors, and dense range where the format has one.
 
     names: only linears one of whose tensors is among these. Raises QuantizationError like `check_complete`, and one
     that names a linear whose stored form is corrupt.

@@ -138,7 +138,7 @@ def factored_groups(
         for group in some:
             hessian, drift = found.pop(group[0])
             try:
-                factor = factorize(hessian, options.order, options.damping)
+                factor = factorize(hessian, options.column_order, options.damping)
             except QuantizationError as error:
                 raise QuantizationError(f"{', '.join(group)}: {error}") from error
             yield Group({name: stage.linears[name] for name in group}, factor, drift)

@@ -11,8 +11,8 @@ MAX_CORRECTION = 0.005  # of a rate; a choice, not measured: no linear is to pay
 
 @dataclass(frozen=True)
 class Target:
-    """What a linear is asked to be. bits, overflow: SSQR's dense bits and share of sparse weights. rate: HPTQ's bits
-    per weight, everything counted.
+    """What a linear is asked to be. bits, overflow: SSQR's dense bits and share of sparse weights. rate: HPTQ's or
+    the trellis's bits per weight, everything counted.
     """
 
     bits: int
@@ -36,7 +36,9 @@ def targets(
 
 @dataclass
 class Budget:
-    """Keeps HPTQ at its bits: what one linear leaves over goes to the next. apart: linears that keep their own."""
+    """Keeps HPTQ or a trellis at its bits: what one linear leaves over goes to the next. apart: linears that keep
+    their own.
+    """
 
     targets: dict[str, Target]
     apart: set[str] = field(default_factory=set)

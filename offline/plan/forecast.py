@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_babai.format import BIT_WIDTHS
+from vllm_babai.offline.scales.tiles import TileCosts, tile_costs
 from vllm_babai.offline.solver.expected import carried_variance
 from vllm_babai.offline.solver.lattice import Lattice
 from vllm_babai.offline.solver.solve import paths_gain
@@ -67,6 +68,7 @@ class Forecast:
     rates: HPTQ's bits per weight with one step of 2^OCTAVES · spread.
     row_pivot: like pivot, for rows whose steps are in proportion to their own root mean square.
     overflow: dense bits → what overflows with such steps.
+    tiles: what the tiles of a trellis cost.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Forecast:
     rates: list[float]
     row_pivot: float
     overflow: dict[int, OverflowTable]
+    tiles: TileCosts
 
     @property
     def weights(self) -> int:
@@ -128,7 +131,8 @@ def forecast(name: str, weight: Tensor, lattice: Lattice, seed: int, by_columns:
     importance = (factor.pivots[position] / factor.pivots.mean() * row_pivots[row] * rows[row]).float()
     inner, importance = targets / 2.0**octaves + noise, importance / importance.mean()
     overflow = {bits: OverflowTable.measure(inner, importance, bits) for bits in BIT_WIDTHS}
-    return Forecast(name, len(rows), len(columns), pivot, float(mean.sqrt()), rates.tolist(), row_pivot, overflow)
+    tiles, spread = tile_costs(rows, lattice), float(mean.sqrt())
+    return Forecast(name, len(rows), len(columns), pivot, spread, rates.tolist(), row_pivot, overflow, tiles)
 
 
 def _interpolate_entropy(deviation: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import BIT_WIDTHS
+from vllm_babai.format.trellis.blob import stored_bits
 from vllm_babai.offline.model.served import fused_with
 from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.model.walk import Inputs, Part, Stage, factored_groups, walk
@@ -16,6 +17,7 @@ from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.plan.forecast import OCTAVES, Forecast, forecast
 from vllm_babai.offline.plan.sensitivity import Sensitivity
 from vllm_babai.offline.scales.column_steps import choose_column_steps
+from vllm_babai.offline.scales.tiles import allocate
 from vllm_babai.offline.solver.factor import Factor
 from vllm_babai.offline.solver.lattice import Lattice
 from vllm_babai.progress import Tick, uncounted
@@ -32,7 +34,7 @@ SCALE_BITS = 16  # of a bfloat16
 @dataclass(frozen=True)
 class PlannedLinear:
     """rate: bits per weight, everything counted. loss: nats per token that its error is expected to cost.
-    bits, overflow: SSQR's dense bits and share of sparse weights; None in HPTQ.
+    bits, overflow: SSQR's dense bits and share of sparse weights; None in the other formats.
     """
 
     name: str
@@ -83,7 +85,7 @@ def make_plan(forecasts: list[Forecast], options: QuantizeOptions) -> list[Plann
     """The plan that the options ask for. Raises QuantizationError when the bits are fewer than any plan needs."""
     rate = options.planned_rate
     assert rate is not None
-    plan = plan_rates(forecasts, rate) if options.format == "hptq" else plan_widths(forecasts, rate)
+    plan = PLANNERS[options.format](forecasts, rate)
     if mean_rate(plan) > rate * 1.01:
         raise QuantizationError(f"{rate} bits per weight cannot be met: the fewest are {mean_rate(plan):.3f}")
     return plan
@@ -143,6 +145,18 @@ def _best_overflow(linear: Forecast, bits: int, price: float) -> PlannedLinear:
     best = int(cost.argmin())
     rate, loss, share = (float(table.flatten()[best]) for table in (rates, losses, overflow))
     return PlannedLinear(linear.name, linear.weights, rate, loss, bits, share)
+
+
+def plan_tiles(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:
+    """Trellis at `rate` bits per weight in all: every linear gets what its tiles take at a common price of a bit."""
+    tiles = [linear.tiles for linear in forecasts]
+    return [
+        PlannedLinear(linear.name, linear.weights, stored_bits(bits, own.shape) / linear.weights, own.error(bits) / 2)
+        for linear, own, bits in zip(forecasts, tiles, allocate(tiles, rate), strict=True)
+    ]
+
+
+PLANNERS = {"hptq": plan_rates, "ssqr": plan_widths, "trellis": plan_tiles}
 
 
 def _within(at: Callable[[float], list[PlannedLinear]], rate: float) -> list[PlannedLinear]:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
-from vllm_babai.format import HPTQ, SSQR, LatticeWeight, integer_range
+from vllm_babai.format import HPTQ, SSQR, LatticeWeight, Trellis, Weight, integer_range
 from vllm_babai.format.lattice import share_beyond
 from vllm_babai.offline.scales.hptq import search_rate
 from vllm_babai.offline.scales.solution import Solution
 from vllm_babai.offline.scales.ssqr import search_overflow
+from vllm_babai.offline.scales.trellis import search_trellis
 from vllm_babai.offline.solver.expected import error, expected_error
 from vllm_babai.offline.solver.factor import Factor, Order
 from vllm_babai.offline.solver.lattice import Lattice
@@ -23,10 +24,11 @@ class LayerReport:
     """What is known about a quantized linear. Errors are as `Lattice` counts them, damping included; W is the target,
     which with drift correction is not quite the original weight.
 
-    bits, group_size, overflow_share: None in HPTQ. damping: see `Factor`.
+    bits, group_size, overflow_share: None but in SSQR. damping: see `Factor`.
     predicted_error: ¹⁄₁₂ Σ s²D, less what several paths gain, plus the cost of rounding away from the nearest integer.
+    A trellis: what the distortion of its code makes.
     measured_error: of W − Ŵ. relative_error: the same, over that of W.
-    bound: ¼ Σ s²D; None where rounding is not to the nearest integer.
+    bound: ¼ Σ s²D; None where rounding is not to the nearest integer, and of a trellis.
     passes: how often the search for scales ran nearest plane. seconds: of the search and of encoding.
     """
 
@@ -49,10 +51,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A linear's tensors as stored, the lattice point itself, and its report."""
+    """A linear's tensors as stored, what they stand for, and its report."""
 
     tensors: dict[str, Tensor]
-    weight: LatticeWeight
+    weight: Weight
     report: LayerReport
 
 
@@ -96,6 +98,39 @@ def quantize_hptq(
     tensors = HPTQ.encode(point, linear=name).tensors()
     report = _report(name, basis_weight, lattice, solution, tensors)
     return QuantizedLinear(tensors, point, replace(report, seconds=time.perf_counter() - started))
+
+
+def quantize_trellis(name: str, weight: Tensor, lattice: Lattice, rate: float, seed: int) -> QuantizedLinear:
+    """Quantize `weight` [out, in] to the trellis form at `rate` bits per weight, everything stored counted.
+
+    Raises QuantizationError that names the linear when its input features are odd in number.
+    """
+    started = time.perf_counter()
+    rows, columns = weight.shape
+    if columns % 2:
+        raise QuantizationError(f"{name}: the trellis form takes columns in pairs, and there are {columns}")
+    basis_weight = _to_basis(weight, lattice.columns)
+    solution = search_trellis(basis_weight, lattice, rate, seed)
+    tensors = Trellis.encode(solution.weight, linear=name).tensors()
+    measured = error(solution.residual, lattice)
+    report = LayerReport(
+        name=name,
+        rows=rows,
+        columns=columns,
+        bits=None,
+        group_size=None,
+        bits_per_weight=8 * tensors["trellis"].nbytes / weight.numel(),
+        overflow_share=None,
+        order=lattice.columns.order_name,
+        damping=lattice.columns.damping,
+        predicted_error=solution.predicted,
+        measured_error=measured,
+        bound=None,
+        relative_error=measured / max(error(basis_weight, lattice), 1e-300),
+        passes=1,
+        seconds=time.perf_counter() - started,
+    )
+    return QuantizedLinear(tensors, solution.weight, report)
 
 
 def _to_basis(weight: Tensor, factor: Factor) -> Tensor:

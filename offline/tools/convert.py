@@ -42,7 +42,7 @@ def convert(source: str | Path, out: str | Path, to: str, dtype: torch.dtype, *,
     HPTQ becomes SSQR of the widths that it was converted from, else of the smallest whose overflow stays within
     MOST_OVERFLOW. Dense weights are exact in float32, and rounded once in other dtypes. One file at a time is in
     memory. Raises QuantizationError when `source` is not quantized, is corrupt, has column steps and is to be SSQR, or
-    OUT exists.
+    OUT exists. A trellis becomes dense only: it has no integers.
     """
     out = check_place(Path(out), source, overwrite=overwrite)
     checkpoint = open_checkpoint(source)
@@ -95,6 +95,7 @@ def _reencoded(checkpoint: Checkpoint, config: CheckpointConfig, names: list[str
     tensors: dict[str, Tensor] = {}
     replaced: set[str] = set()
     for linear, weight, parts, _ in stored_linears(checkpoint, names):
+        assert isinstance(weight, LatticeWeight)  # else it was refused before
         stored = _encode(weight, config, linear)
         tensors |= {f"{linear}.{field.name}": getattr(stored, field.name) for field in fields(stored)}
         replaced |= {f"{linear}.{key}" for key in parts}
@@ -116,6 +117,12 @@ def _target_config(checkpoint: Checkpoint, config: CheckpointConfig, to: str) ->
     """The converted checkpoint's config; SSQR widths stay in that of HPTQ, to be taken up on the way back."""
     if to not in FORMATS:
         raise QuantizationError(f"--to {to} is unknown: use dense, {' or '.join(FORMATS)}")
+    if config.format == "trellis":
+        raise QuantizationError(
+            "a trellis has no integers to convert: convert --to dense, or quantize the original again"
+        )
+    if to == "trellis":
+        raise QuantizationError("a trellis cannot hold integers: quantize the original with --format trellis")
     config = replace(config, format=to, residency="packed")
     if to != "ssqr" or config.bits is not None:
         return config
@@ -131,6 +138,7 @@ def _smallest_widths(checkpoint: Checkpoint) -> dict[str, int]:
     widths: dict[str, int] = {}
     with counting_progress() as progress, progress.phase("choosing bits", count_stored(checkpoint), "linears") as phase:
         for linear, weight, _, _ in stored_linears(checkpoint):
+            assert isinstance(weight, LatticeWeight)
             if weight.column_exponents is not None:
                 raise QuantizationError(
                     f"{linear}: its columns have steps of their own, which SSQR does not hold; "

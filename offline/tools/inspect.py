@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
-from vllm_babai.format import LatticeWeight, share_beyond
+from vllm_babai.format import LatticeWeight, Weight, share_beyond
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint, read_json
 from vllm_babai.offline.model.complete import check_complete, read_scheme
 from vllm_babai.offline.model.dense import count_stored, stored_linears
@@ -18,6 +18,7 @@ from vllm_babai.progress import counting_progress
 class LinearSummary:
     """One linear as stored. bytes: of all its tensors. entropy: of its integers, zeroth order, bits per weight.
     redundancy: bits_per_weight − entropy; below 0 where the code does better by knowing rows and columns apart.
+    largest: of the integers. A trellis has no integers, and None for these three.
     overflow_rate: share of integers beyond the dense range, None where there is none. relative_error: from the report,
     None where the folder has none.
     """
@@ -27,9 +28,9 @@ class LinearSummary:
     columns: int
     bytes: int
     bits_per_weight: float
-    entropy: float
-    redundancy: float
-    largest: int
+    entropy: float | None
+    redundancy: float | None
+    largest: int | None
     overflow_rate: float | None
     relative_error: float | None
 
@@ -69,9 +70,11 @@ def inspect(folder: str | Path) -> Inspection:
 
 
 def integer_counts(folder: str | Path) -> dict[int, int]:
-    """How often every integer occurs in all quantized linears of a folder."""
+    """How often every integer occurs in all quantized linears of a folder. Raises QuantizationError for a trellis."""
     total: dict[int, int] = {}
-    for _, weight, _, _ in stored_linears(open_checkpoint(folder)):
+    for name, weight, _, _ in stored_linears(open_checkpoint(folder)):
+        if not isinstance(weight, LatticeWeight):
+            raise QuantizationError(f"{name} is stored as a trellis: it has no integers to plot")
         values, counts = weight.integers.unique(return_counts=True)
         for value, count in zip(values.tolist(), counts.tolist(), strict=True):
             total[value] = total.get(value, 0) + count
@@ -79,21 +82,22 @@ def integer_counts(folder: str | Path) -> dict[int, int]:
 
 
 def _summarize(
-    name: str, weight: LatticeWeight, parts: dict[str, Tensor], dense_range: tuple[int, int] | None, error: float | None
+    name: str, weight: Weight, parts: dict[str, Tensor], dense_range: tuple[int, int] | None, error: float | None
 ) -> LinearSummary:
-    integers = weight.integers
     size = sum(part.nbytes for part in parts.values())
-    rate, entropy = 8 * size / integers.numel(), _entropy(integers)
+    integers = weight.integers if isinstance(weight, LatticeWeight) else None
+    rows, columns = weight.shape
+    rate, entropy = 8 * size / (rows * columns), None if integers is None else _entropy(integers)
     return LinearSummary(
         name=name,
-        rows=integers.shape[0],
-        columns=integers.shape[1],
+        rows=rows,
+        columns=columns,
         bytes=size,
         bits_per_weight=rate,
         entropy=entropy,
-        redundancy=rate - entropy,
-        largest=int(integers.abs().max()),
-        overflow_rate=None if dense_range is None else share_beyond(integers, dense_range),
+        redundancy=None if entropy is None else rate - entropy,
+        largest=None if integers is None else int(integers.abs().max()),
+        overflow_rate=None if integers is None or dense_range is None else share_beyond(integers, dense_range),
         relative_error=error,
     )
 

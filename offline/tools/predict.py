@@ -7,7 +7,15 @@ from pathlib import Path
 
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.plan.forecast import Forecast
-from vllm_babai.offline.plan.plan import PlannedLinear, forecast_model, make_plan, mean_rate, plan_rates, plan_widths
+from vllm_babai.offline.plan.plan import (
+    PlannedLinear,
+    forecast_model,
+    make_plan,
+    mean_rate,
+    plan_rates,
+    plan_tiles,
+    plan_widths,
+)
 from vllm_babai.offline.plan.sensitivity import measured_in_passing, sensitivity_passes
 from vllm_babai.offline.prepare import prepare
 from vllm_babai.progress import counting_progress
@@ -18,6 +26,7 @@ SPREAD = (0.5, 1.5)
 CURVES = {
     "HPTQ": (plan_rates, [1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0]),
     "SSQR": (plan_widths, [2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0]),
+    "trellis": (plan_tiles, [1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5]),
 }
 
 
@@ -40,7 +49,7 @@ class Prediction:
 
 
 def predict(model: str | Path, options: QuantizeOptions) -> Prediction:
-    """Plan a run without quantizing; `options` need a rate (HPTQ) or target_bits (SSQR).
+    """Plan a run without quantizing; `options` need a rate (HPTQ) or target_bits (SSQR, trellis).
 
     One pass forwards and backwards, and one factorization per group of linears. Raises QuantizationError like
     `pipeline.quantize`.

@@ -14,6 +14,7 @@ FLOORS = (
     "vllm_babai.format",  # what both formats share
     "vllm_babai.format.entropy.",
     "vllm_babai.format.dense_sparse.",
+    "vllm_babai.format.trellis.",
     "vllm_babai.format.registry",
     "vllm_babai.format.config",
     "vllm_babai.ops.",
