@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,13 +15,26 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_vocabulary
 from vllm.model_executor.layers.linear import LinearBase
 
-from vllm_babai.format import HPTQ, SSQR, CheckpointConfig, FormatError, LatticeWeight, integer_range
+from vllm_babai.format import (
+    HPTQ,
+    SSQR,
+    CheckpointConfig,
+    FormatError,
+    LatticeWeight,
+    Trellis,
+    TrellisWeight,
+    integer_range,
+)
+from vllm_babai.ops.backends import BACKENDS
 from vllm_babai.plugin.config import BabaiConfig
+from vllm_babai.plugin.residency import RESIDENCIES
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE = 128, 8, 2, 16
 Q_ROWS, KV_ROWS = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
 QKV = {"q": Q_ROWS, "k": KV_ROWS, "v": KV_ROWS}
-Stored = list[tuple[object, SSQR | HPTQ]]  # shard id, or None for the whole layer, and what the checkpoint has
+Stored = list[
+    tuple[object, SSQR | HPTQ | Trellis]
+]  # shard id, or None for the whole layer, and what the checkpoint has
 
 
 @dataclass(frozen=True)
@@ -188,6 +202,81 @@ def test_every_rank_decodes_its_part(name: str, group_size: int, residency: str,
         load(layer, stored)
         expected = case.expected(dense, rank, ranks)
         assert torch.equal(held_weight(layer, expected.shape[1]), expected)
+
+
+def random_trellis(out_features: int) -> TrellisWeight:
+    """Tiles of any bits, rows in any order, random words."""
+    generator = np.random.default_rng(out_features)
+    blocks = -(-out_features // 16)
+    rates = generator.integers(2, 11, (blocks, HIDDEN // 64)).astype(np.uint8)
+    spans = np.split(np.arange(16 * blocks), range(256, 16 * blocks, 256))
+    order = np.concatenate([generator.permutation(span) for span in spans])
+    words = generator.integers(0, 1 << 32, 16 * int(rates.sum()), dtype=np.uint32)
+    exponents = generator.integers(0, 100, 16 * blocks).astype(np.uint8)
+    return TrellisWeight((out_features, HIDDEN), rates, order, 4000.0, exponents, words)
+
+
+TILED = CheckpointConfig("trellis", residency="tiled")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_takes_its_tiles(name: str, ranks: int) -> None:
+    if name == "row" and ranks == 4:
+        with pytest.raises(ValueError, match="do not divide among ranks into multiples of 64"):
+            make_layer(name, 0, ranks, TILED)
+        return
+    case = CASES[name]
+    weights = {shard: random_trellis(size) for shard, size in case.sizes.items()}
+    dense = {shard: weight.dequantize() for shard, weight in weights.items()}
+    for rank in range(ranks):
+        layer = make_layer(name, rank, ranks, TILED)
+        load(layer, [(shard, Trellis.encode(weight)) for shard, weight in weights.items()])
+        expected = case.expected(dense, rank, ranks)
+        assert torch.equal(held_weight(layer, expected.shape[1]), expected)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t[:-1], "too short|words"),
+        (lambda t: flipped(t), "corrupt"),
+        (lambda t: with_version(9)(t), "format version 9"),
+        (lambda t: Trellis.encode(random_trellis(160)).trellis, "192 × 128, but trellis is of 160 × 128"),
+        (lambda t: t.char(), "trellis has dtype torch.int8"),
+    ],
+)
+def test_damaged_trellis(damage: Callable[[Tensor], Tensor], message: str) -> None:
+    linears = [Trellis.encode(random_trellis(192)) for _ in range(2)]
+    stored: Stored = [(0, linears[0]), (1, Trellis(damage(linears[1].trellis.clone())))]
+    with pytest.raises(FormatError, match=f"model.up_proj: .*({message})"):
+        load(make_layer("gate_up_proj", checkpoint=TILED), stored)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 15, 16, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_trellis_multiplies_any_number_of_tokens(dtype: torch.dtype, tokens: int) -> None:
+    weight, layer = random_trellis(192), make_layer("replicated", checkpoint=TILED)
+    load(layer, [(None, Trellis.encode(weight))])
+    x = torch.randn(tokens, HIDDEN).to(dtype)
+    y = layer.quant_method.apply(layer, x)
+    assert y.dtype == dtype
+    expected = x.double() @ weight.dequantize().double().T
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+    assert torch.allclose(y.double(), expected, atol=tolerance * float(expected.abs().max()))
+
+
+def test_a_device_without_trellis_kernels_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "meta", "vllm_babai.triton_kernels")  # no CUDA device is needed to be refused
+    weight = make_layer("column", checkpoint=TILED).quant_method.reader.dummy(192, HIDDEN)
+    with pytest.raises(NotImplementedError, match=r"no kernels for meta yet: serve it on a CPU.*--to dense"):
+        RESIDENCIES["tiled"].place(weight, HIDDEN, torch.device("meta"))
+
+
+def test_dummy_trellis() -> None:
+    held = make_layer("column", checkpoint=TILED).quant_method.reader.dummy(192, HIDDEN).window
+    assert held.rates.shape == (12, 2)
+    assert len(held.words) == 16 * int(held.rates.sum())
 
 
 @pytest.mark.parametrize(("sigma", "bits"), [(0.3, 2), (1.5, 3), (3, 4), (6, 5), (20, 8), (1000, 8)])

@@ -16,6 +16,7 @@ from vllm_babai.format import Overflow
 if TYPE_CHECKING:
     from vllm_babai.ops.coded import CodedTensors
     from vllm_babai.ops.layout import DeviceLayout
+    from vllm_babai.ops.trellis import TrellisTensors
 
 BACKENDS = {"cpu": "vllm_babai.cpu", "cuda": "vllm_babai.triton_kernels"}
 
@@ -46,6 +47,12 @@ class Backend(Protocol):
 
     def warm_up_coded(self, coded: "CodedTensors", in_features: int, dtype: torch.dtype) -> None:
         """Compile everything that `multiply_coded` may use for this linear and activations of `dtype`."""
+
+    def multiply_trellis(self, x: Tensor, trellis: "TrellisTensors") -> Tensor:
+        """As `matmul`, for a linear in tiles of a trellis. A backend may lack this and the next."""
+
+    def warm_up_trellis(self, trellis: "TrellisTensors", in_features: int, dtype: torch.dtype) -> None:
+        """Compile everything that `multiply_trellis` may use for this linear and activations of `dtype`."""
 
 
 @cache

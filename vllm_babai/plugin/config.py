@@ -9,7 +9,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from vllm_babai.format import CheckpointConfig, LayerScheme
+from vllm_babai.format import FORMATS, CheckpointConfig, LayerScheme
 from vllm_babai.format.config import QUANT_METHOD
 from vllm_babai.plugin.linear import BabaiLinearMethod
 from vllm_babai.plugin.progress import LoadProgress
@@ -96,13 +96,14 @@ class BabaiConfig(QuantizationConfig):
         """How vLLM treats the layer called `prefix`; None (embeddings, attention) leaves it to vLLM.
 
         Linears are quantized unless the checkpoint ignores them, lm_head only where its overrides name it; that is
-        always packed, as decoded it would be the largest tensor of all. Raises NotImplementedError for a
+        never coded, as decoded it would be the largest tensor of all. Raises NotImplementedError for a
         mixture-of-experts layer and ValueError when linears that vLLM fuses are stored differently.
         """
         if any(base.__name__ in MOE_LAYERS for base in type(layer).__mro__):
             raise NotImplementedError(f"{prefix}: mixture-of-experts layers are not supported yet")
         if isinstance(layer, ParallelLMHead) and prefix in self.checkpoint.overrides:
-            return self._method("packed", self.checkpoint.scheme(prefix), prefix, [prefix])
+            residency = FORMATS[self.checkpoint.format].residencies[0]
+            return self._method(residency, self.checkpoint.scheme(prefix), prefix, [prefix])
         if not isinstance(layer, LinearBase):
             return None
         names = self._checkpoint_names(prefix)

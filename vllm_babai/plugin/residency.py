@@ -1,4 +1,4 @@
-"""How a rank holds the weight of a layer on its device: packed (dense + sparse) or coded, each with the op it takes."""
+"""How a rank holds the weight of a layer on its device: packed (dense + sparse), coded or tiled, each with the op."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -8,9 +8,11 @@ from torch import Tensor
 
 from vllm_babai.format import Overflow, integer_range, pack
 from vllm_babai.format.entropy.segments import SegmentedMatrix
+from vllm_babai.format.trellis.window import TrellisWindow
 from vllm_babai.ops.backends import backend
 from vllm_babai.ops.coded import CodedTensors, coded_tensors
 from vllm_babai.ops.layout import DeviceLayout
+from vllm_babai.ops.trellis import TrellisTensors, trellis_tensors
 
 DUMMY_SCALE = 1e-3  # as large as vLLM's own dummy weights
 DUMMY_SPACING = 100  # one weight of so many overflows
@@ -52,6 +54,14 @@ class CodedWeight:
 
     matrix: SegmentedMatrix
     scales: Tensor
+    input_scales: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TiledWeight:
+    """The part of a layer that a rank holds, as tiles of a trellis. input_scales: None, there are no column steps."""
+
+    window: TrellisWindow
     input_scales: Tensor | None = None
 
 
@@ -139,4 +149,35 @@ class Coded:
         backend(coded.words.device.type).warm_up_coded(coded, in_features, dtype)
 
 
-RESIDENCIES: dict[str, Residency] = {"packed": Packed(), "coded": Coded()}
+class Tiled:
+    """Tiles of a trellis as the checkpoint stores them, decoded and multiplied by `babai::trellis_matmul`.
+
+    constants: out_features.
+    """
+
+    activity: ClassVar[str] = "Placing"
+    names: ClassVar[tuple[str, ...]] = ("qweight", "starts", "rates", "before", "places", "scales")
+    may_shrink: ClassVar[frozenset[str]] = frozenset({"qweight"})  # the words of all tiles
+
+    def place(self, weight: TiledWeight, in_features: int, device: torch.device) -> Placed:
+        """See `Residency`. Raises NotImplementedError where the device's backend has no kernels for it."""
+        if not hasattr(backend(device.type), "multiply_trellis"):
+            raise NotImplementedError(
+                f"the trellis form has no kernels for {device.type} yet: serve it on a CPU, or make it an ordinary "
+                "checkpoint with `babai convert OUT NEW --to dense`"
+            )
+        trellis = trellis_tensors(weight.window, device)
+        return Placed(dict(zip(self.names, trellis.tensors, strict=True)), (trellis.out_features,))
+
+    def multiply(self, x: Tensor, tensors: list[Tensor], constants: tuple[int, ...]) -> Tensor:
+        """See `Residency`."""
+        return torch.ops.babai.trellis_matmul(x, *tensors, *constants)
+
+    def warm_up(self, placed: Placed, in_features: int, dtype: torch.dtype) -> None:
+        """See `Residency`."""
+        fields: tuple[Any, ...] = (*placed.tensors.values(), *placed.constants)
+        trellis = TrellisTensors(*fields)
+        backend(trellis.words.device.type).warm_up_trellis(trellis, in_features, dtype)
+
+
+RESIDENCIES: dict[str, Residency] = {"packed": Packed(), "coded": Coded(), "tiled": Tiled()}

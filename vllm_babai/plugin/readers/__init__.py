@@ -6,11 +6,13 @@ A reader is named by the format of the checkpoint and the residency of its weigh
 from vllm_babai.plugin.readers.hptq import HPTQCodedReader, HPTQPackedReader
 from vllm_babai.plugin.readers.reader import Reader
 from vllm_babai.plugin.readers.ssqr import SSQRReader
+from vllm_babai.plugin.readers.trellis import TrellisReader
 
 READERS: dict[tuple[str, str], type[Reader]] = {
     ("ssqr", "packed"): SSQRReader,
     ("hptq", "packed"): HPTQPackedReader,
     ("hptq", "coded"): HPTQCodedReader,
+    ("trellis", "tiled"): TrellisReader,
 }
 
-__all__ = ["READERS", "HPTQCodedReader", "HPTQPackedReader", "Reader", "SSQRReader"]
+__all__ = ["READERS", "HPTQCodedReader", "HPTQPackedReader", "Reader", "SSQRReader", "TrellisReader"]
