@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from vllm_babai.format import FORMATS
 from vllm_babai.offline import QuantizeOptions, quantize
 from vllm_babai.offline.cli import main
 
@@ -129,7 +130,14 @@ def make_quantized(source: Path, text: Path) -> Callable[[str], Path]:
 
     def make(form: str) -> Path:
         folder = source.with_name(form)
-        options = QuantizeOptions(format=form, calibration=str(text), samples=4, sequence_length=32, paths=1)  # type: ignore[arg-type]
+        options = QuantizeOptions(
+            format=form,  # type: ignore[arg-type]
+            calibration=str(text),
+            samples=4,
+            sequence_length=32,
+            paths=1,
+            target_bits=3.0 if form == "trellis" else None,  # which it does not do without
+        )
         return folder if folder.exists() else quantize(source, folder, options)
 
     return make
@@ -141,7 +149,7 @@ def ssqr(make_quantized: Callable[[str], Path]) -> Path:
     return make_quantized("ssqr")
 
 
-@pytest.fixture(scope="session", params=["ssqr", "hptq"])
+@pytest.fixture(scope="session", params=sorted(FORMATS))
 def quantized(request: pytest.FixtureRequest, make_quantized: Callable[[str], Path]) -> Path:
     """The tiny model in every format."""
     return make_quantized(request.param)

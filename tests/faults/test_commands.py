@@ -59,6 +59,9 @@ MISTAKES: list[tuple[str, str]] = [
     ("quantize MODEL OUT --format hptq --overflow 0.01", "--overflow"),
     ("quantize MODEL OUT --format hptq --target-bits 3", "--target-bits"),
     ("quantize MODEL OUT --format hptq --group-size 32", "--group-size"),
+    ("quantize MODEL OUT --format trellis", "--target-bits"),
+    ("quantize MODEL OUT --format trellis --target-bits 1", "--target-bits"),
+    ("quantize MODEL OUT --format trellis --target-bits 3 --rate 3", "--rate"),
     ("quantize MODEL OUT --calibration T/none.jsonl", "none.jsonl"),
     ("quantize MODEL OUT --calibration MODEL/model.safetensors", ".jsonl"),
 ]

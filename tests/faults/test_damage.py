@@ -22,7 +22,7 @@ from vllm_babai.format import FORMATS
 INDEX = "model.safetensors.index.json"
 REPORT = "babai_report.json"
 KEYS = {key for form in FORMATS.values() for key in form.dtypes}
-VALUES = (None, True, -1, 0, 1, 3, 7, 1 << 40, 1e30, "", "x", "hptq", "ssqr", [], ["x"], {}, {"x": 1})
+VALUES = (None, True, -1, 0, 1, 3, 7, 1 << 40, 1e30, "", "x", "hptq", "ssqr", "trellis", [], ["x"], {}, {"x": 1})
 
 
 def json_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
