@@ -1,7 +1,12 @@
-"""A real `vllm serve` of a quantized checkpoint, asked through the real `openai` client, beside its dense twin."""
+"""A real `vllm serve` of a quantized checkpoint, asked through the real `openai` client, beside its dense twin.
 
+Compiled, as vLLM serves by default; the twin in eager mode.
+"""
+
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -20,7 +25,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def servers(checkpoints: Any, start_servers: Callable[..., Any]) -> Iterator[list[Any]]:
     quantized = (checkpoints.quantized, "--quantization", "babai", "--dtype", "float32")
-    with start_servers(quantized, (checkpoints.dense, "--dtype", "float32")) as running:
+    with start_servers(quantized, (checkpoints.dense, "--dtype", "float32", "--enforce-eager")) as running:
         yield running
 
 
@@ -42,6 +47,13 @@ def prompt_logprobs(client: openai.OpenAI, prompt: str) -> list[float]:
 
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["babai"]
+
+
+def test_the_compiled_graph_calls_the_op(servers: list[Any]) -> None:
+    saved = re.search(r"saved AOT compiled function to (\S+/torch_aot_compile/\w+)", servers[0].log.read_text())
+    assert saved, "the model was not compiled"
+    generated = "".join(path.read_text() for path in Path(saved[1]).rglob("*.py"))
+    assert "torch.ops.babai.matmul" in generated
 
 
 def test_completion(client: openai.OpenAI) -> None:

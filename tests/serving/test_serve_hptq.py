@@ -1,4 +1,7 @@
-"""An HPTQ checkpoint in both residencies, on one rank and on two, against transformers with its dense twin."""
+"""An HPTQ checkpoint in both residencies, on one rank and on two, against transformers with its dense twin.
+
+`coded` compiled, as vLLM serves by default; `packed` in eager mode: its op is SSQR's, which `test_serve.py` compiles.
+"""
 
 import json
 import shutil
@@ -21,9 +24,9 @@ TOKENS = 16
 STEPS_PER_SPREAD = 2.5  # integers of about 3.3 bits
 WITH_COLUMN_STEPS = ("q_proj", "k_proj", "v_proj", "down_proj")
 SERVERS = {
-    "packed": ([], "Packing"),
+    "packed": (["--enforce-eager"], "Packing"),
     "coded": (["--hf-overrides", json.dumps({"babai_residency": "coded"})], "Indexing"),
-    "packed, two ranks": (["--tensor-parallel-size", "2"], "Packing"),
+    "packed, two ranks": (["--tensor-parallel-size", "2", "--enforce-eager"], "Packing"),
 }
 
 Answer = tuple[list[int], str, list[float]]  # prompt, greedy answer, log probabilities of the prompt's tokens

@@ -1,4 +1,4 @@
-"""A quantized checkpoint on two ranks, in the dtype of the checkpoint, against transformers with the dense twin."""
+"""A quantized checkpoint on two ranks, in eager mode, against transformers with the dense twin."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +12,8 @@ PROMPT = "class Error(Exception):\n    pass\n\n\ndef parse(text, *, strict=False
 
 @pytest.fixture(scope="module")
 def server(checkpoints: Any, start_servers: Callable[..., Any]) -> Iterator[Any]:
-    with start_servers((checkpoints.quantized, "--tensor-parallel-size", "2", "--dtype", "float32")) as (running,):
+    options = ("--tensor-parallel-size", "2", "--dtype", "float32", "--enforce-eager")
+    with start_servers((checkpoints.quantized, *options)) as (running,):
         yield running
 
 
