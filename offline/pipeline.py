@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vllm_babai.format import FORMATS, CheckpointConfig
+from vllm_babai.format.config import kind_of
 from vllm_babai.offline.model.place import check_place
 from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.model.walk import Group, Part, Stage, factored_groups, walk
@@ -70,12 +71,17 @@ def _checkpoint_config(prepared: Prepared, options: QuantizeOptions, wanted: dic
     model, head = prepared.model, prepared.head
     ignored = [*([] if head else ["lm_head"]), *weights_left_alone(model, wanted)]
     scope = model.block_names
+    kinds = sorted({kind_of(name, part.name) for part in prepared.blocks for name in part.linears})
     if options.format != "ssqr":
         overrides: dict[str, dict[str, int]] = {head: {}} if head else {}
         residency = FORMATS[options.format].residencies[0]
-        return CheckpointConfig(options.format, ignore=ignored, overrides=overrides, residency=residency, scope=scope)
+        return CheckpointConfig(
+            options.format, ignore=ignored, overrides=overrides, residency=residency, scope=scope, linears=kinds
+        )
     overrides = {n: {"bits": target.bits} for n, target in wanted.items() if target.bits != options.bits or n == head}
-    return CheckpointConfig(options.format, options.bits, options.group_size, ignored, overrides, scope=scope)
+    return CheckpointConfig(
+        options.format, options.bits, options.group_size, ignored, overrides, scope=scope, linears=kinds
+    )
 
 
 def weights_left_alone(model: StreamedModel, quantized: Collection[str]) -> list[str]:

@@ -42,7 +42,8 @@ def check_complete(checkpoint: Checkpoint) -> CompleteCheckpoint:
     model = empty_model(checkpoint)
     wanted = model.state_dict(keep_vars=True)
     parts = {} if scheme is None else _parts(checkpoint, wanted)
-    stored = {name: path for name, path in checkpoint.files.items() if _split(name)[0] not in parts or name in wanted}
+    of_linears = {f"{linear}.{key}" for linear, keys in parts.items() for key in keys}
+    stored = {name: path for name, path in checkpoint.files.items() if name not in of_linears}
     for linear in parts:
         if f"{linear}.weight" in stored:
             raise QuantizationError(f"{linear} is stored twice in {checkpoint.folder}: quantized, and as a weight")

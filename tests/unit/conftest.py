@@ -2,18 +2,16 @@
 
 import json
 import runpy
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlamaConfig, PreTrainedConfig
+from architectures import BUNDLED, TEXT, save_random
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
-BUNDLED = DEMO / "stdlib-6m"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 @pytest.fixture(scope="session")
@@ -48,38 +46,15 @@ def short_text(calibration_file: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def save_random_model() -> Callable[..., Path]:
     """Function that saves a randomly initialized model of a configuration with the bundled tokenizer."""
-
-    def save(config: PreTrainedConfig, folder: Path, **save_options: Any) -> Path:
-        torch.manual_seed(0)
-        wrapper = hasattr(config, "vision_config")
-        kind = AutoModelForImageTextToText if wrapper else AutoModelForCausalLM
-        model = kind.from_config(config, dtype=torch.float32)
-        for name, parameter in model.named_parameters():
-            if name.endswith(("bias", "norm.weight")):  # transformers starts them at 0 and 1, which would hide mistakes
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        model.save_pretrained(folder, **save_options)
-        for file in TOKENIZER_FILES:
-            shutil.copyfile(BUNDLED / file, folder / file)
-        return folder
-
-    return save
+    return save_random
 
 
 @pytest.fixture(scope="session")
 def save_random_llama(save_random_model: Callable[..., Path]) -> Callable[..., Path]:
     """Function that saves a tiny Llama to a folder; sizes are those of LlamaConfig that matter to the test."""
-    tiny = {
-        "vocab_size": 4096,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    }
 
     def save(folder: Path, **sizes: int) -> Path:
-        return save_random_model(LlamaConfig(**tiny | sizes), folder)
+        return save_random_model(LlamaConfig(**TEXT | sizes), folder)
 
     return save
 

@@ -4,25 +4,18 @@ This is how the tables in `offline/model/served.py` are known to be right: a cla
 builds one without a method, fails here.
 """
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
+from architectures import configuration, save_random
 from vllm.config import set_current_vllm_config
-from vllm.distributed import (
-    destroy_distributed_environment,
-    destroy_model_parallel,
-    ensure_model_parallel_initialized,
-    init_distributed_environment,
-)
-from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm_models import config_of, one_process
 
 from vllm_babai.format import CheckpointConfig
+from vllm_babai.format.config import kind_of
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.served import FUSED, fused_with
 from vllm_babai.offline.model.streamed import open_streamed
@@ -30,77 +23,13 @@ from vllm_babai.offline.pipeline import weights_left_alone
 from vllm_babai.plugin.config import BabaiConfig
 from vllm_babai.plugin.linear import BabaiLinearMethod
 
-TEXT = {
-    "vocab_size": 4096,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-LATENT = TEXT | {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", TEXT),
-    "stablelm": ("StableLmConfig", TEXT),
-    "deepseek-v3": (
-        "DeepseekV3Config",
-        LATENT | {"first_k_dense_replace": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
-    ),
-    "minicpm3": ("MiniCPM3Config", LATENT),
-    "jamba": (
-        "JambaConfig",
-        TEXT
-        | {
-            "num_experts": 1,
-            "num_experts_per_tok": 1,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "mamba_d_state": 8,
-            "mamba_dt_rank": 8,
-            "use_mamba_kernels": False,
-        },
-    ),
-    "falcon-h1": (
-        "FalconH1Config",
-        TEXT
-        | {
-            "head_dim": 16,
-            "mamba_d_ssm": 64,
-            "mamba_n_heads": 4,
-            "mamba_d_head": 16,
-            "mamba_d_state": 16,
-            "mamba_n_groups": 1,
-            "mamba_chunk_size": 16,
-        },
-    ),
-    "gptj": (
-        "GPTJConfig",
-        {"vocab_size": 4096, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
-    ),
-}
+CASES = ("llama", "stablelm", "deepseek-v3", "minicpm3", "jamba", "falcon-h1", "gptj")
 
 
 @pytest.fixture(scope="module")
-def one_rank() -> Iterator[None]:
-    """vLLM's process groups, of one rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
-    yield
-    destroy_model_parallel()
-    destroy_distributed_environment()
+def groups() -> Iterator[None]:
+    with one_process():
+        yield
 
 
 def kinds(names: list[str], blocks: list[str]) -> set[tuple[int, str]]:
@@ -111,19 +40,17 @@ def kinds(names: list[str], blocks: list[str]) -> set[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_quantized_linear_has_a_method(name: str, tmp_path: Path, save_random_model: Any, one_rank: None) -> None:
-    kind, fields = CASES[name]
-    source = save_random_model(getattr(transformers, kind)(**fields), tmp_path)
+def test_every_quantized_linear_has_a_method(name: str, tmp_path: Path, groups: None) -> None:
+    source = save_random(configuration(name), tmp_path)
     streamed = open_streamed(open_checkpoint(source), torch.device("cpu"), torch.float32)
     quantized = [linear for block in streamed.block_names for linear in streamed.linears(block)]
     ignored = weights_left_alone(streamed, quantized)
-    arguments = EngineArgs(str(source), dtype="float32", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True)
-    config = arguments.create_engine_config()
-    config.quant_config = BabaiConfig(CheckpointConfig("ssqr", 4, ignore=ignored, scope=streamed.block_names))
-    with set_current_vllm_config(config):
-        ensure_model_parallel_initialized(1, 1)
-        with torch.device("meta"):
-            model = initialize_model(config)
+    config = config_of(source)
+    listed = sorted({kind_of(linear, block) for block in streamed.block_names for linear in streamed.linears(block)})
+    stored = CheckpointConfig("ssqr", 4, ignore=ignored, scope=streamed.block_names, linears=listed)
+    config.quant_config = BabaiConfig(stored)
+    with set_current_vllm_config(config), torch.device("meta"):
+        model = initialize_model(config)
 
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     served = [method.names for method in methods if isinstance(method, BabaiLinearMethod)]

@@ -168,6 +168,40 @@ def test_scope(layer: str, quantized: bool, linear: LinearBase) -> None:
     assert isinstance(config.get_quant_method(linear, layer), BabaiLinearMethod) == quantized
 
 
+@pytest.mark.parametrize(
+    ("layer", "stored", "bits"),
+    [
+        ("model.layers.1.qkv_proj", [f"model.layers.1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")], 4),
+        ("model.layers.0.mixer.in_proj", ["model.layers.0.mamba.in_proj"], 3),
+        ("model.layers.1.mixer.in_proj", None, None),  # the checkpoint ignores it
+        ("model.layers.0.mixer.conv1d", None, None),  # no linear that is quantized anywhere
+        ("model.layers.0.feed_forward.up_proj", None, None),  # that of which of two?
+    ],
+)
+def test_layers_that_vllm_calls_otherwise(layer: str, stored: list[str], bits: int, linear: LinearBase) -> None:
+    kinds = ["mamba.in_proj", "mlp.up_proj", "mlp2.up_proj", *(f"self_attn.{name}" for name in FUSED["qkv_proj"])]
+    blocks = [f"model.layers.{index}" for index in range(2)]
+    overrides = {"model.layers.0.mamba.in_proj": {"bits": 3}}
+    config = config_of(scope=blocks, linears=kinds, overrides=overrides, ignore=["model.layers.1.mamba.in_proj"])
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "model."}))
+    method = config.get_quant_method(linear, layer)
+    if stored is None:
+        assert isinstance(method, UnquantizedLinearMethod)
+    else:
+        assert (method.names, method.reader.scheme.bits) == (stored, bits)
+
+
+def test_names_that_the_model_changes_are_the_checkpoints_again(linear: LinearBase) -> None:
+    config = config_of(scope=["backbone.layers.0"], linears=["mixer.up_proj"])
+    config.apply_vllm_mapper(
+        WeightsMapper(orig_to_new_prefix={"backbone": "model"}, orig_to_new_substr={"mixer": "mlp"})
+    )
+    assert config.get_quant_method(linear, "model.layers.0.mlp.up_proj").names == ["backbone.layers.0.mixer.up_proj"]
+    assert pickle.loads(pickle.dumps(config)).names.find("model.layers.0.up_proj") == config.names.find(
+        "model.layers.0.mlp.up_proj"
+    )
+
+
 def test_a_head_outside_of_the_scope_is_quantized_where_it_has_an_override() -> None:
     checkpoint = CheckpointConfig("ssqr", 4, scope=["model.layers.0"], overrides={"lm_head": {"bits": 5}})
     assert checkpoint.is_quantized("lm_head")

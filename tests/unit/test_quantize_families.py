@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import TEXT, tensors_of
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -30,31 +30,19 @@ from vllm_babai.offline.model import walk
 from vllm_babai.offline.model.calibration import calibration_tokens
 from vllm_babai.offline.model.dense import load_dense
 
-SIZES = {
-    "vocab_size": 4096,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
 SPLIT = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 FUSED = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
 FAMILIES = {
-    "llama": (LlamaConfig(**SIZES), SPLIT),
-    "llama-tied": (LlamaConfig(**SIZES, tie_word_embeddings=True), SPLIT),
-    "llama-biased": (LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True), SPLIT),
-    "mistral": (MistralConfig(**SIZES, sliding_window=16), SPLIT),
-    "qwen2": (Qwen2Config(**SIZES), SPLIT),
-    "qwen3": (Qwen3Config(**SIZES, head_dim=16), SPLIT),
-    "gemma": (GemmaConfig(**SIZES, head_dim=16), SPLIT),
-    "gemma2": (Gemma2Config(**SIZES, head_dim=16, sliding_window=16), SPLIT),
-    "gemma3": (Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=16), SPLIT),
-    "phi3": (Phi3Config(**SIZES), FUSED),
+    "llama": (LlamaConfig(**TEXT), SPLIT),
+    "llama-tied": (LlamaConfig(**TEXT, tie_word_embeddings=True), SPLIT),
+    "llama-biased": (LlamaConfig(**TEXT, attention_bias=True, mlp_bias=True), SPLIT),
+    "mistral": (MistralConfig(**TEXT, sliding_window=16), SPLIT),
+    "qwen2": (Qwen2Config(**TEXT), SPLIT),
+    "qwen3": (Qwen3Config(**TEXT, head_dim=16), SPLIT),
+    "gemma": (GemmaConfig(**TEXT, head_dim=16), SPLIT),
+    "gemma2": (Gemma2Config(**TEXT, head_dim=16, sliding_window=16), SPLIT),
+    "gemma3": (Gemma3TextConfig(**TEXT, head_dim=16, sliding_window=16), SPLIT),
+    "phi3": (Phi3Config(**TEXT), FUSED),
 }
 
 
@@ -62,14 +50,10 @@ def options(text: Path, **changed: Any) -> QuantizeOptions:
     return QuantizeOptions(**{"calibration": str(text), "samples": 8, "sequence_length": 32, **changed})
 
 
-def all_tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
 def with_decoded_weights(source: Path, quantized: Path) -> tuple[torch.nn.Module, set[str]]:
     """transformers' model of `source`, the weights of quantized linears replaced; and the names of these."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    tensors = all_tensors(quantized)
+    tensors = tensors_of(quantized)
     linears = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
     for linear in linears:
         point = SSQR(*(tensors[f"{linear}.{part}"] for part in ("qweight", "scales", "overflow"))).decode()
@@ -156,9 +140,7 @@ def test_what_is_no_linear_of_a_block_is_kept(
     family: str, tmp_path: Path, short_text: Path, save_random_model: Any
 ) -> None:
     source = save_random_model(FAMILIES[family][0], tmp_path / "source")
-    before, after = (
-        all_tensors(folder) for folder in (source, quantize(source, tmp_path / "out", options(short_text)))
-    )
+    before, after = (tensors_of(folder) for folder in (source, quantize(source, tmp_path / "out", options(short_text))))
     linears = {name.removesuffix(".qweight") for name in after if name.endswith(".qweight")}
     replaced = {f"{linear}.weight" for linear in linears}
     stored = {f"{linear}.{part}" for linear in linears for part in ("qweight", "scales", "overflow")}
@@ -173,8 +155,8 @@ MOE_SIZES = {"num_local_experts": 4, "num_experts_per_tok": 2}
 @pytest.mark.parametrize(
     "config",
     [
-        MixtralConfig(**SIZES, **MOE_SIZES),
-        Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+        MixtralConfig(**TEXT, **MOE_SIZES),
+        Qwen3MoeConfig(**TEXT, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
     ],
     ids=["mixtral", "qwen3-moe"],
 )
@@ -196,7 +178,7 @@ def test_a_sharded_checkpoint_gives_the_same_tensors(tmp_path: Path, short_text:
     }
     assert len(list(sources["sharded"].glob("*.safetensors"))) > 3
     whole, sharded = (
-        all_tensors(quantize(source, tmp_path / f"{name}-out", options(short_text))) for name, source in sources.items()
+        tensors_of(quantize(source, tmp_path / f"{name}-out", options(short_text))) for name, source in sources.items()
     )
     assert whole.keys() == sharded.keys()
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)
@@ -222,7 +204,7 @@ def test_output_is_a_complete_checkpoint(tmp_path: Path, short_text: Path, save_
     assert index["weight_map"] == held
 
     report = json.loads((out / "babai_report.json").read_text())
-    tensors = all_tensors(out)
+    tensors = tensors_of(out)
     quantized = sum(t.nbytes for n, t in tensors.items() if n.endswith((".qweight", ".scales", ".overflow")))
     weights = sum(layer["rows"] * layer["columns"] for layer in report["layers"])
     assert report["quantized_weights"] == weights
@@ -237,7 +219,7 @@ def test_ignored_linears_stay_as_they_are(tmp_path: Path, short_text: Path, save
     ignored = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.k_proj"]
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert sorted(config["ignore"]) == ["lm_head", *ignored]
-    before, after = all_tensors(source), all_tensors(out)
+    before, after = tensors_of(source), tensors_of(out)
     assert all(torch.equal(after[f"{name}.weight"], before[f"{name}.weight"]) for name in ignored)
     assert sum(name.endswith(".qweight") for name in after) == 14 - 3
     with pytest.raises(QuantizationError, match="excludes every linear"):

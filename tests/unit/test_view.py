@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     DeepseekV3Config,
     Gemma3Config,
     LlamaConfig,
@@ -92,9 +91,7 @@ BLOCKS = {  # name of the first block: transformers', the checkpoint's
 
 def save(config: PreTrainedConfig, folder: Path) -> Any:
     """A random model in `folder` as its authors would publish it: transformers undoes its conversions on saving."""
-    torch.manual_seed(0)
-    wrapper = hasattr(config, "vision_config")
-    model = (AutoModelForImageTextToText if wrapper else AutoModelForCausalLM).from_config(config, dtype=torch.float32)
+    model = random_model(config)
     model.save_pretrained(folder)
     return model
 

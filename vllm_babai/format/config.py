@@ -39,6 +39,8 @@ class CheckpointConfig:
     residency: while it is served: `packed`, dense + sparse; `coded`, HPTQ decoded by every matmul; `tiled`, a trellis.
     scope: full names of the modules, decoder blocks, in which linears are quantized; those outside of them are not,
     unless `overrides` names them. None, as in older checkpoints: the whole model.
+    linears: which linears of those blocks are quantized where `ignore` does not name them, by their names in a block
+    (`mlp.up_proj`) with # for numbers. None, as in older checkpoints: all.
     digest: of the weight files, see `digest_of`; None in version 1. vLLM keys its compiled graphs on the configuration,
         and so tells checkpoints of other content apart.
     """
@@ -50,13 +52,17 @@ class CheckpointConfig:
     overrides: dict[str, dict[str, int]] = field(default_factory=dict)
     residency: str = "packed"
     scope: list[str] | None = None
+    linears: list[str] | None = None
     digest: str | None = None
 
     def is_quantized(self, name: str) -> bool:
         """Whether the linear called `name` is quantized."""
         if name in self.ignore:
             return False
-        return self.scope is None or name in self.overrides or name.startswith(tuple(f"{each}." for each in self.scope))
+        if self.scope is None or name in self.overrides:
+            return True
+        block = next((block for block in self.scope if name.startswith(f"{block}.")), None)
+        return block is not None and (self.linears is None or kind_of(name, block) in self.linears)
 
     def scheme(self, name: str) -> LayerScheme:
         """How the linear called `name` is stored."""
@@ -118,6 +124,11 @@ class CheckpointConfig:
         return config
 
 
+def kind_of(linear: str, block: str) -> str:
+    """Name of a linear in its block, the same in every block: `mlp.experts.#.up_proj`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", linear.removeprefix(f"{block}."))
+
+
 class Check(NamedTuple):
     """What the value of a field must be, in words and as a test."""
 
@@ -146,6 +157,7 @@ CHECKS = {
     "ignore": Check("a list of strings", _is_names),
     "overrides": Check("an object of objects", _is_overrides),
     "scope": Check("a list of strings or null", lambda value: value is None or _is_names(value)),
+    "linears": Check("a list of strings or null", lambda value: value is None or _is_names(value)),
     "residency": Check("a string", lambda value: isinstance(value, str)),
     "digest": Check(
         "64 hexadecimal digits or null",

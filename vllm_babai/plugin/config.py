@@ -12,6 +12,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm_babai.format import FORMATS, CheckpointConfig, LayerScheme
 from vllm_babai.format.config import QUANT_METHOD
 from vllm_babai.plugin.linear import BabaiLinearMethod
+from vllm_babai.plugin.names import Found, LinearNames, renamed
 from vllm_babai.plugin.progress import LoadProgress
 from vllm_babai.plugin.readers import READERS
 
@@ -45,6 +46,7 @@ class BabaiConfig(QuantizationConfig):
                 "make one with: babai quantize MODEL OUT --format ssqr --bits 4"
             )
         self.checkpoint = checkpoint
+        self.names = LinearNames(checkpoint)
         self.progress = LoadProgress()
 
     def __repr__(self) -> str:
@@ -85,12 +87,8 @@ class BabaiConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename the layers of the checkpoint to what they are called in vLLM's model."""
-        self.checkpoint = replace(
-            self.checkpoint,
-            ignore=hf_to_vllm_mapper.apply_list(self.checkpoint.ignore),
-            overrides=hf_to_vllm_mapper.apply_dict(self.checkpoint.overrides),
-            scope=None if self.checkpoint.scope is None else hf_to_vllm_mapper.apply_list(self.checkpoint.scope),
-        )
+        self.names = LinearNames(self.checkpoint, hf_to_vllm_mapper.apply_dict)
+        self.checkpoint = renamed(self.checkpoint, hf_to_vllm_mapper.apply_dict)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How vLLM treats the layer called `prefix`; None (embeddings, attention) leaves it to vLLM.
@@ -106,29 +104,34 @@ class BabaiConfig(QuantizationConfig):
             return self._method(residency, self.checkpoint.scheme(prefix), prefix, [prefix])
         if not isinstance(layer, LinearBase):
             return None
-        names = self._checkpoint_names(prefix)
-        scheme = self._common_scheme(prefix, names)
+        linears = [self.names.find(name) for name in self._checkpoint_names(prefix)]
+        scheme = self._common_scheme(prefix, linears)
         if scheme is None:
             return UnquantizedLinearMethod()
-        return self._method(self.checkpoint.residency, scheme, prefix, names)
+        return self._method(self.checkpoint.residency, scheme, prefix, [linear.stored for linear in linears])
 
     def _method(self, residency: str, scheme: LayerScheme, prefix: str, names: list[str]) -> QuantizeMethodBase:
         reader = READERS[self.checkpoint.format, residency](scheme)
         return BabaiLinearMethod(reader, prefix, names, self.progress)
 
     def _checkpoint_names(self, prefix: str) -> list[str]:
-        """Names that the linears fused in the layer `prefix` have in the checkpoint, in the order of their rows."""
+        """Names, as vLLM has them, of the linears that the checkpoint has for the layer `prefix`, in the order of their
+        rows.
+        """
         parent, dot, name = prefix.rpartition(".")
+        if prefix in self.names:
+            return [prefix]
         stored_alone = prefix in self.checkpoint.overrides or prefix in self.checkpoint.ignore
         unfused = [name] if stored_alone else FUSED.get(name, [name])
         return [parent + dot + shard for shard in self.packed_modules_mapping.get(name, unfused)]
 
-    def _common_scheme(self, prefix: str, names: list[str]) -> LayerScheme | None:
+    def _common_scheme(self, prefix: str, linears: list[Found]) -> LayerScheme | None:
         """Scheme of linears that are fused; None when they are not quantized."""
-        schemes = [self.checkpoint.scheme(name) if self.checkpoint.is_quantized(name) else None for name in names]
+        names, checkpoint = [linear.renamed for linear in linears], self.checkpoint
+        schemes = [checkpoint.scheme(name) if checkpoint.is_quantized(name) else None for name in names]
         if len(set(schemes)) > 1:
             listing = ", ".join(
-                f"{name}: {scheme or 'not quantized'}" for name, scheme in zip(names, schemes, strict=True)
+                f"{linear.stored}: {scheme or 'not quantized'}" for linear, scheme in zip(linears, schemes, strict=True)
             )
             raise ValueError(f"{prefix}: vLLM fuses linears here that the checkpoint stores differently ({listing})")
         return schemes[0]

@@ -86,7 +86,7 @@ class BabaiLinearMethod(LinearMethodBase):
         if len(self.names) == len(output_partition_sizes):
             by_name = dict(zip(self.names, output_partition_sizes, strict=True))
         else:  # fused on disk
-            by_name = {self.prefix: sum(output_partition_sizes)}
+            by_name = {self.names[0] if len(self.names) == 1 else self.prefix: sum(output_partition_sizes)}
         self.sizes = LayerSizes(by_name, input_size_per_partition, padding, params_dtype)
         for name, dtype in self.reader.form.dtypes.items():
             layer.register_parameter(name, self._placeholder(layer, dtype, weight_loader))

@@ -1,0 +1,58 @@
+"""vLLM's model classes in the test's own process: built, and loaded as any rank, without an engine around them."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+    parallel_state,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """vLLM's process groups, of this process alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
+        initialize_model_parallel()
+    yield
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
+def config_of(folder: Path) -> VllmConfig:
+    """vLLM's configuration for a tiny model."""
+    return EngineArgs(
+        str(folder),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=64,
+        max_num_seqs=2,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+    ).create_engine_config()
+
+
+def load_as_rank(folder: Path, rank: int = 0, ranks: int = 1) -> torch.nn.Module:
+    """What one of several ranks loads of a checkpoint. The others are not there: nothing is summed over ranks."""
+    config = config_of(folder)
+    config.parallel_config.tensor_parallel_size = ranks
+    group: Any = parallel_state.get_tp_group()
+    as_rank = mock.Mock(wraps=group, rank_in_group=rank, world_size=ranks)
+    without_device = mock.patch.object(torch.accelerator, "empty_cache")  # vLLM's own workers never call it on a CPU
+    with set_current_vllm_config(config), mock.patch.object(parallel_state, "_TP", as_rank), without_device:
+        return get_model(vllm_config=config)
