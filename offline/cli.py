@@ -95,6 +95,7 @@ def quantize(
     overwrite: Overwrite = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that `vllm serve OUT --quantization babai` serves."""
+    from vllm_babai.offline.card import serve_line
     from vllm_babai.offline.model.checkpoint import REPORT
     from vllm_babai.offline.pipeline import quantize as run
 
@@ -103,6 +104,7 @@ def quantize(
     report = json.loads((folder / REPORT).read_text())
     size = report["checkpoint_bytes"] / 1e6
     typer.echo(f"{folder}: {report['bits_per_weight']:.3f} bits per quantized weight, {size:.1f} MB in all")
+    typer.echo(f"serve it: {serve_line(str(folder))}")
 
 
 @app.command()
@@ -194,15 +196,22 @@ def eval(
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, separated by commas.")] = None,
     task_folder: Annotated[Path | None, typer.Option(help="Where lm-eval finds tasks of your own.")] = None,
     limit: Annotated[int | None, typer.Option(help="Documents per task; without it, all.")] = None,
+    card: Annotated[bool, typer.Option(help="Note the result in the model card of MODEL, a quantized folder.")] = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity of a model on a text, or its scores in tasks; with --against also how far it is from the original."""
+    from vllm_babai.offline.card import note_evaluation
+    from vllm_babai.offline.model.checkpoint import REPORT
     from vllm_babai.offline.tools.evaluate import evaluate
     from vllm_babai.offline.tools.tasks import run_tasks
 
     if data is None and tasks is None:
         raise QuantizationError("nothing to measure: give a text by --data, or --tasks")
+    if card and (data is None or not (Path(model) / REPORT).is_file()):
+        raise QuantizationError(f"--card needs --data, and in {model} the report of `babai quantize` ({REPORT})")
     text = None if data is None else evaluate(model, data, window=window, samples=samples, against=against)
+    if card and text is not None and data is not None:
+        note_evaluation(Path(model), {"data": data.name, **asdict(text)})
     scores = {}
     if tasks is not None:
         models = {"tasks": model} if against is None else {"tasks": model, "original_tasks": against}

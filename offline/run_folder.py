@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vllm_babai.files import write_atomically
 from vllm_babai.format import CheckpointConfig
+from vllm_babai.offline.card import describe_base, write_card
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint
 from vllm_babai.offline.model.place import Place, check_room, claim
 from vllm_babai.offline.model.walk import Part, part_file
@@ -83,7 +84,7 @@ class RunFolder:
         save_atomically(self.partial / part.file, {name: self.checkpoint.read_kept(name) for name in kept} | quantized)
 
     def finish(self, config: CheckpointConfig) -> None:
-        """Write what is in no part, the index, config and report: the checkpoint is then whole."""
+        """Write what is in no part, the index, config, report and card: the checkpoint is then whole."""
         checkpoint, count = self.checkpoint, len(self.parts) + 1
         inside = tuple(f"{part.name}." for part in self.parts)
         rest = self.partial / part_file(count, count)
@@ -93,8 +94,10 @@ class RunFolder:
         copy_companions(checkpoint, self.partial)
         write_config(self.partial, checkpoint.config() | {"quantization_config": config.to_dict()}, files)
         layers = [asdict(report) for part in self.parts for report in self.read_reports(part)]
-        report = {"options": self.options.to_dict(), **_totals(layers, files), "layers": layers}
+        about = {"options": self.options.to_dict(), "base": describe_base(checkpoint)}
+        report = about | _totals(layers, files) | {"layers": layers}
         write_atomically(self.partial / REPORT, json.dumps(report, indent=2) + "\n")
+        write_card(self.partial, report)
         self.place.complete()
 
     def publish(self) -> Path:

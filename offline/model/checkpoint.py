@@ -21,6 +21,7 @@ SINGLE = "model.safetensors"
 REPORT = "babai_report.json"  # of a quantized checkpoint: what is known of every linear
 # For everything that transformers loads. Where it is not said, transformers asks at the terminal.
 TRUST_REMOTE_CODE = False
+FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md"]  # of a model on the hub
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -160,6 +161,6 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=FETCHED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise QuantizationError(f"{name} is neither a folder nor a model on the hub: {error}") from error

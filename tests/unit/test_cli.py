@@ -28,6 +28,7 @@ def test_quantize_inspect_eval(model: Path, short_text: Path, tmp_path: Path) ->
     done = babai("quantize", model, out, "--bits", "4", "--ignore", "down_proj", *text)
     assert done.returncode == 0, done.stderr
     assert "bits per quantized weight" in done.stdout
+    assert f"serve it: vllm serve {out} --quantization babai" in done.stdout
     for line in ("measuring sensitivity: 0 of 3 passes, 0:00:00 elapsed", "quantizing model.layers.0: 6 of 6 linears"):
         assert line in done.stderr
 
@@ -38,11 +39,13 @@ def test_quantize_inspect_eval(model: Path, short_text: Path, tmp_path: Path) ->
     assert "q_proj" in babai("inspect", out).stdout
 
     evaluation = babai(
-        "eval", out, "--data", short_text, "--window", "64", "--samples", "4", "--against", model, "--json"
+        "eval", out, "--data", short_text, "--window", "64", "--samples", "4", "--against", model, "--card", "--json"
     )
     result = json.loads(evaluation.stdout)
     assert result["windows"] == 4
     assert abs(result["comparison"]["loss"]) < 0.1
+    assert f"| {short_text.name}, 4 windows of 64 tokens |" in (out / "README.md").read_text()
+    assert "--card needs --data" in babai("eval", model, "--data", short_text, "--card").stderr
 
 
 def test_predict_draws_the_trade_off(model: Path, short_text: Path, tmp_path: Path) -> None:
