@@ -268,6 +268,21 @@ def convert(
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Quantized folder.")],
+    repository: Annotated[str, typer.Argument(help="organization/name on the hub; made where it is not there.")],
+    private: Annotated[bool, typer.Option(help="Make it private.")] = False,
+) -> None:
+    """Upload a quantized folder to the Hugging Face hub; log in with `hf auth login` first."""
+    from vllm_babai.offline.card import serve_line
+    from vllm_babai.offline.tools.push import push as run
+
+    with _resumable("the same command sends what is missing"):
+        address = run(folder, repository, private=private)
+    typer.echo(f"{address}: {serve_line(repository)}")
+
+
+@app.command()
 def tune(
     device: Annotated[str, typer.Option(help="The GPU to tune for.")] = "cuda",
     out: Annotated[
