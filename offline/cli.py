@@ -255,15 +255,20 @@ def _print_scores(scores: "list[Score]", original: "list[Score] | None" = None) 
 def convert(
     source: Annotated[Path, typer.Argument(help="Quantized folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    to: Annotated[Literal["dense", "ssqr", "hptq"], typer.Option(help="What to convert to.")],
+    to: Annotated[Literal["dense", "ssqr", "hptq", "compressed-tensors"], typer.Option(help="What to convert to.")],
     dtype: Annotated[str, typer.Option(help="Of the dense weights; float32 is exact.")] = "float32",
+    clip: Annotated[bool, typer.Option(help="compressed-tensors: clip overflow, which it has no room for.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a quantized folder: to the other format, the same lattice points, or to an ordinary dense checkpoint."""
+    """Convert a quantized folder: to the other format, the same lattice points; to an ordinary dense checkpoint; or to
+    the layout of compressed-tensors, which vLLM and transformers load without babai.
+    """
     from vllm_babai.offline.model.checkpoint import open_checkpoint
     from vllm_babai.offline.tools.convert import convert as run
 
-    folder = run(source, out, to, torch_dtype(dtype), overwrite=overwrite)
+    if clip and to != "compressed-tensors":
+        raise QuantizationError(f"--clip is for --to compressed-tensors; nothing is clipped with --to {to}")
+    folder = run(source, out, to, torch_dtype(dtype), clip_overflow=clip, overwrite=overwrite)
     typer.echo(f"{folder}: {to}, {open_checkpoint(folder).bytes() / 1e6:.1f} MB")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.files import write_atomically
-from vllm_babai.format.config import digest_of
+from vllm_babai.format.config import QUANT_METHOD, digest_of
 from vllm_babai.offline.model.checkpoint import INDEX, REPORT, Checkpoint
 from vllm_babai.offline.model.place import MADE, RUN
 
@@ -48,11 +48,16 @@ def write_index(folder: Path, files: list[Path]) -> None:
 
 
 def write_config(folder: Path, config: dict[str, Any], files: list[Path]) -> None:
-    """config.json; where it has a quantization_config, that gets the digest of the weight files."""
-    if "quantization_config" in config:
+    """config.json; where it has a quantization_config of babai, that gets the digest of the weight files."""
+    if quantized_by_babai(config):
         quantization = config["quantization_config"] | {"digest": digest_of(files)}
         config = config | {"quantization_config": quantization}
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def quantized_by_babai(config: dict[str, Any]) -> bool:
+    """Whether a config.json has a quantization_config, and it is babai's."""
+    return config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Quantized checkpoints in another form: the other format, the same lattice points; or dense."""
+"""Quantized checkpoints in another form: the other format, dense, or the layout of other engines."""
 
 import json
 import shutil
@@ -28,7 +28,14 @@ from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpo
 from vllm_babai.offline.model.dense import count_stored, dense_tensors, stored_linears
 from vllm_babai.offline.model.place import MADE, check_place, check_room, claim
 from vllm_babai.offline.model.served import fused_with
-from vllm_babai.offline.model.writing import copy_companions, save_atomically, write_config, write_index
+from vllm_babai.offline.model.writing import (
+    copy_companions,
+    quantized_by_babai,
+    save_atomically,
+    write_config,
+    write_index,
+)
+from vllm_babai.offline.tools import export
 from vllm_babai.progress import Tick, counting_progress
 
 ConvertFile = Callable[
@@ -36,8 +43,17 @@ ConvertFile = Callable[
 ]  # tensors of one file, by their names; ticks for each linear
 
 
-def convert(source: str | Path, out: str | Path, to: str, dtype: torch.dtype, *, overwrite: bool = False) -> Path:
-    """Write a quantized checkpoint as `to`: ssqr or hptq, lossless both ways, or dense weights in `dtype`.
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    dtype: torch.dtype,
+    *,
+    clip_overflow: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write a quantized checkpoint as `to`: ssqr or hptq, lossless both ways, or dense weights in `dtype`, or in the
+    layout of compressed-tensors, where `clip_overflow` says that overflow may be clipped.
 
     HPTQ becomes SSQR of the widths that it was converted from, else of the smallest whose overflow stays within
     MOST_OVERFLOW. Dense weights are exact in float32, and rounded once in other dtypes. One file at a time is in
@@ -54,6 +70,11 @@ def convert(source: str | Path, out: str | Path, to: str, dtype: torch.dtype, *,
         del config["quantization_config"]
         config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
         convert_file: ConvertFile = partial(_dense, checkpoint, dtype)
+    elif to == export.NAME:
+        scheme = CheckpointConfig.from_dict(config["quantization_config"])
+        config["quantization_config"] = export.exported_config(checkpoint, scheme)
+        export.check_exportable(checkpoint, scheme, clip_overflow)
+        convert_file = partial(export.exported_tensors, checkpoint, scheme)
     else:
         scheme = _target_config(checkpoint, CheckpointConfig.from_dict(config["quantization_config"]), to)
         config["quantization_config"] = scheme.to_dict()
@@ -61,7 +82,7 @@ def convert(source: str | Path, out: str | Path, to: str, dtype: torch.dtype, *,
     check_room(out.parent, checkpoint.bytes(), "the converted checkpoint")
     with claim(out, checkpoint.folder, run, overwrite=overwrite) as place:
         _write(checkpoint, place.partial, config, convert_file)
-        if to == "dense":
+        if to in ("dense", export.NAME):
             write_atomically(place.partial / MADE, json.dumps(run) + "\n")
         place.complete()
         return place.publish([])
@@ -77,7 +98,7 @@ def _write(checkpoint: Checkpoint, folder: Path, config: dict[str, Any], convert
             save_atomically(new, convert_file(names, phase.advance))
     write_index(folder, written)
     copy_companions(checkpoint, folder)
-    if "quantization_config" in config and (checkpoint.folder / REPORT).is_file():
+    if quantized_by_babai(config) and (checkpoint.folder / REPORT).is_file():
         shutil.copyfile(checkpoint.folder / REPORT, folder / REPORT)
     write_config(folder, config, written)
 
@@ -116,7 +137,7 @@ def _encode(weight: LatticeWeight, config: CheckpointConfig, linear: str) -> SSQ
 def _target_config(checkpoint: Checkpoint, config: CheckpointConfig, to: str) -> CheckpointConfig:
     """The converted checkpoint's config; SSQR widths stay in that of HPTQ, to be taken up on the way back."""
     if to not in FORMATS:
-        raise QuantizationError(f"--to {to} is unknown: use dense, {' or '.join(FORMATS)}")
+        raise QuantizationError(f"--to {to} is unknown: use dense, {export.NAME}, {' or '.join(FORMATS)}")
     if config.format == "trellis":
         raise QuantizationError(
             "a trellis has no integers to convert: convert --to dense, or quantize the original again"
