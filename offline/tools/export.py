@@ -111,6 +111,7 @@ def exported_tensors(
     tensors: dict[str, Tensor] = {}
     replaced: set[str] = set()
     for linear, weight, parts, _ in stored_linears(checkpoint, names):
+        assert isinstance(weight, LatticeWeight)  # SSQR's
         bits = _width(config, linear)
         tensors[f"{linear}.weight_packed"] = pack_to_int32(clip(weight, bits).integers.to(torch.int8), bits)
         tensors[f"{linear}.weight_scale"] = weight.scales.contiguous()
