@@ -64,6 +64,7 @@ def check_exportable(checkpoint: Checkpoint, config: CheckpointConfig, clip_over
     clipped = Clipped()
     with counting_progress() as progress, progress.phase("checking", count_stored(checkpoint), "linears") as phase:
         for linear, weight, _, _ in stored_linears(checkpoint):
+            assert isinstance(weight, LatticeWeight)  # SSQR's
             bits = _width(config, linear)
             if clipped.add(weight, bits) and not clip_overflow:
                 raise QuantizationError(
