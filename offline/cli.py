@@ -111,13 +111,19 @@ def quantize(
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Quantized folder.")],
     plot: Annotated[Path | None, typer.Option(help="PNG file for the distribution of the integers.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare all files, config and tokenizer too, with what was written.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a quantized folder holds, layer by layer; everything stored is decoded and checked."""
     from vllm_babai.offline.tools.inspect import inspect as look
     from vllm_babai.offline.tools.inspect import integer_counts
+    from vllm_babai.offline.tools.inspect import verify as compare
 
     _check_plot(plot)
+    if verify:
+        compare(folder)
     found = look(folder)
     if plot is not None:
         from vllm_babai.offline.tools.plots import plot_integers
@@ -141,6 +147,10 @@ def inspect(
     console.print(table)
     weights, size = f"{found.quantized_weights:,} quantized weights", f"{found.checkpoint_bytes / 1e6:.1f} MB in all"
     console.print(f"{found.format}: {found.bits_per_weight:.3f} bits per weight over {weights}, {size}")
+    if found.digest is not None:
+        console.print(
+            f"digest {found.digest}{': all files are as they were written' if verify else ''}", soft_wrap=True
+        )
 
 
 @app.command()

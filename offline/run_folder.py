@@ -21,7 +21,7 @@ from vllm_babai.offline.card import describe_base, write_card
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint
 from vllm_babai.offline.model.place import Place, check_room, claim
 from vllm_babai.offline.model.walk import Part, part_file
-from vllm_babai.offline.model.writing import copy_companions, save_atomically, write_config, write_index
+from vllm_babai.offline.model.writing import copy_companions, save_atomically, seal, write_index
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.plan.plan import PlannedLinear
 from vllm_babai.offline.prepare import Prepared
@@ -91,11 +91,12 @@ class RunFolder:
         save_atomically(rest, {n: checkpoint.read_kept(n) for n in checkpoint.files if not n.startswith(inside)})
         files = [*(self.partial / part.file for part in self.parts), rest]
         write_index(self.partial, files)
-        copy_companions(checkpoint, self.partial)
-        write_config(self.partial, checkpoint.config() | {"quantization_config": config.to_dict()}, files)
+        companions = copy_companions(checkpoint, self.partial)
+        whole = checkpoint.config() | {"quantization_config": config.to_dict()}
+        digest = seal(self.partial, whole, files, companions)
         layers = [asdict(report) for part in self.parts for report in self.read_reports(part)]
         about = {"options": self.options.to_dict(), "base": describe_base(checkpoint)}
-        report = about | _totals(layers, files) | {"layers": layers}
+        report = about | _totals(layers, files) | {"digest": digest, "layers": layers}
         write_atomically(self.partial / REPORT, json.dumps(report, indent=2) + "\n")
         write_card(self.partial, report)
         self.place.complete()

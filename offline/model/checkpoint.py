@@ -15,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
+from vllm_babai.format.checksums import SUMS
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REPORT = "babai_report.json"  # of a quantized checkpoint: what is known of every linear
 # For everything that transformers loads. Where it is not said, transformers asks at the terminal.
 TRUST_REMOTE_CODE = False
-FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md"]  # of a model on the hub
+FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", SUMS]  # of a model on the hub
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -67,7 +68,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     Raises QuantizationError that names the file at fault: no config.json, no safetensors weights, weights that are
     damaged, incomplete or elsewhere.
     """
-    folder = _folder(model)
+    folder = find_folder(model)
     if not (folder / "config.json").is_file():
         raise QuantizationError(f"{folder} is not a model: it has no config.json")
     read_json(folder / "config.json")
@@ -114,7 +115,8 @@ def refuse_pointer(path: Path) -> None:
         raise QuantizationError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` there")
 
 
-def _folder(model: str | Path) -> Path:
+def find_folder(model: str | Path) -> Path:
+    """The folder of a model, fetched from the hub where there is none of that name. Raises QuantizationError."""
     folder = Path(model)
     try:
         if folder.is_dir():

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import FORMATS, CheckpointConfig, FormatError
+from vllm_babai.format.checksums import compare, tensor_checksum
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_weights
 from vllm_babai.offline.model.skeleton import empty_model
 from vllm_babai.offline.model.view import CheckpointView, view_checkpoint
@@ -28,6 +29,21 @@ class CompleteCheckpoint(Checkpoint):
 
     scheme: CheckpointConfig | None
     linears: dict[str, tuple[int, int]]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called `name`. Raises QuantizationError also where it is kept, and not as config.json says."""
+        tensor = super().read(name)
+        if self.scheme is not None and self.scheme.checksums is not None and self.is_kept(name):
+            try:
+                compare(name, tensor_checksum(tensor), self.scheme.checksums.get(name))
+            except FormatError as error:
+                raise QuantizationError(f"{self.files[name]}: {error}") from error
+        return tensor
+
+    def is_kept(self, name: str) -> bool:
+        """Whether a tensor is stored as it was: what a quantized linear became has checksums of its own."""
+        linear, key = _split(name)
+        return self.scheme is None or linear not in self.linears or key not in FORMATS[self.scheme.format].dtypes
 
 
 def check_complete(checkpoint: Checkpoint) -> CompleteCheckpoint:

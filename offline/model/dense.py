@@ -52,6 +52,7 @@ def dense_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> Ite
 
     names: only tensors stored under these names. Raises QuantizationError like `stored_linears`, and for NaN.
     """
+    checkpoint = check_complete(checkpoint)
     names = sorted(checkpoint.files) if names is None else names
     replaced = set()
     for linear, weight, parts, _ in stored_linears(checkpoint, names):

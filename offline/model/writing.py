@@ -13,7 +13,9 @@ from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.files import write_atomically
-from vllm_babai.format.config import QUANT_METHOD, digest_of
+from vllm_babai.format import FORMATS
+from vllm_babai.format.checksums import SUMS, as_text, digest_of, file_sums, kept_checksums
+from vllm_babai.format.config import QUANT_METHOD
 from vllm_babai.offline.model.checkpoint import INDEX, REPORT, Checkpoint
 from vllm_babai.offline.model.place import MADE, RUN
 
@@ -47,12 +49,25 @@ def write_index(folder: Path, files: list[Path]) -> None:
     write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def write_config(folder: Path, config: dict[str, Any], files: list[Path]) -> None:
-    """config.json; where it has a quantization_config of babai, that gets the digest of the weight files."""
-    if quantized_by_babai(config):
-        quantization = config["quantization_config"] | {"digest": digest_of(files)}
-        config = config | {"quantization_config": quantization}
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """config.json."""
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def seal(folder: Path, config: dict[str, Any], files: list[Path], companions: list[str]) -> str:
+    """config.json of a quantized checkpoint and SHA256SUMS, the last of its files; returns the digest of all.
+
+    config: its quantization_config gets the digest of the weight files and a checksum of each tensor that was left as
+    it was. files: of weights. companions: names of what else belongs to the checkpoint.
+    """
+    sums = file_sums(folder, files)
+    quantization = config["quantization_config"]
+    parts = FORMATS[quantization["format"]].dtypes
+    checked = {"digest": digest_of(sums), "checksums": kept_checksums(files, parts)}
+    write_config(folder, config | {"quantization_config": quantization | checked})
+    sums |= file_sums(folder, [folder / name for name in ("config.json", INDEX, *companions)])
+    write_atomically(folder / SUMS, as_text(sums))
+    return digest_of(sums)
 
 
 def quantized_by_babai(config: dict[str, Any]) -> bool:
@@ -60,12 +75,15 @@ def quantized_by_babai(config: dict[str, Any]) -> bool:
     return config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD
 
 
-def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+def copy_companions(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Copy tokenizer, chat template, generation config and model code: all small regular files that are not weights.
+
+    Returns their names.
 
     Links are followed, as a hub cache consists of links; folders, and links to nothing, are left out.
     """
     skipped = {"config.json", INDEX, REPORT, RUN, MADE}
+    copied = []
     for path in checkpoint.folder.iterdir():
         if (
             path.is_file()
@@ -73,3 +91,5 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
             and path.name not in skipped
         ):
             shutil.copyfile(path, folder / path.name)
+            copied.append(path.name)
+    return copied

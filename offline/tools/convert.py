@@ -1,7 +1,6 @@
 """Quantized checkpoints in another form: the other format, dense, or the layout of other engines."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -24,7 +23,8 @@ from vllm_babai.format import (
     integer_range,
     share_beyond,
 )
-from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint
+from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint, read_json
+from vllm_babai.offline.model.complete import check_complete
 from vllm_babai.offline.model.dense import count_stored, dense_tensors, stored_linears
 from vllm_babai.offline.model.place import MADE, check_place, check_room, claim
 from vllm_babai.offline.model.served import fused_with
@@ -32,6 +32,7 @@ from vllm_babai.offline.model.writing import (
     copy_companions,
     quantized_by_babai,
     save_atomically,
+    seal,
     write_config,
     write_index,
 )
@@ -65,6 +66,7 @@ def convert(
     config = checkpoint.config()
     if "quantization_config" not in config:
         raise QuantizationError(f"{source} is not quantized: it has no quantization_config")
+    checkpoint = check_complete(checkpoint)
     run = {"command": "convert", "options": {"to": to, "dtype": str(dtype)}, "model": str(checkpoint.folder)}
     if to == "dense":
         del config["quantization_config"]
@@ -97,10 +99,14 @@ def _write(checkpoint: Checkpoint, folder: Path, config: dict[str, Any], convert
             names = sorted(name for name, file in checkpoint.files.items() if file == path)
             save_atomically(new, convert_file(names, phase.advance))
     write_index(folder, written)
-    copy_companions(checkpoint, folder)
-    if quantized_by_babai(config) and (checkpoint.folder / REPORT).is_file():
-        shutil.copyfile(checkpoint.folder / REPORT, folder / REPORT)
-    write_config(folder, config, written)
+    companions = copy_companions(checkpoint, folder)
+    if not quantized_by_babai(config):
+        write_config(folder, config)
+        return
+    digest = seal(folder, config, written, companions)
+    if (checkpoint.folder / REPORT).is_file():
+        report = read_json(checkpoint.folder / REPORT) | {"digest": digest}
+        write_atomically(folder / REPORT, json.dumps(report, indent=2) + "\n")
 
 
 def _dense(checkpoint: Checkpoint, dtype: torch.dtype, names: list[str], tick: Tick) -> dict[str, Tensor]:

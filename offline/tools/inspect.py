@@ -8,8 +8,9 @@ from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import LatticeWeight, Weight, share_beyond
-from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint, read_json
-from vllm_babai.offline.model.complete import check_complete, read_scheme
+from vllm_babai.format.checksums import SUMS, changed_files, digest_of, read_sums
+from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, find_folder, open_checkpoint, read_json
+from vllm_babai.offline.model.complete import CompleteCheckpoint, check_complete, read_scheme
 from vllm_babai.offline.model.dense import count_stored, stored_linears
 from vllm_babai.progress import counting_progress
 
@@ -37,17 +38,21 @@ class LinearSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All linears of a folder, and totals over them. checkpoint_bytes: all weight files."""
+    """All linears of a folder, and totals over them. checkpoint_bytes: all weight files.
+
+    digest: of everything in the folder but the report, as SHA256SUMS has it; None in older checkpoints.
+    """
 
     format: str
     linears: list[LinearSummary]
     bits_per_weight: float
     quantized_weights: int
     checkpoint_bytes: int
+    digest: str | None
 
 
 def inspect(folder: str | Path) -> Inspection:
-    """Decode every quantized linear of a folder.
+    """Decode every quantized linear of a folder, and compare every other tensor with its checksum.
 
     Raises QuantizationError when it is not quantized, and like `stored_linears` when it is incomplete or corrupt.
     """
@@ -64,9 +69,28 @@ def inspect(folder: str | Path) -> Inspection:
         for name, weight, parts, dense_range in stored_linears(checkpoint):
             linears.append(_summarize(name, weight, parts, dense_range, errors.get(name)))
             phase.advance()
+    _read_others(checkpoint)
     weights = sum(linear.rows * linear.columns for linear in linears)
     rate = 8 * sum(linear.bytes for linear in linears) / max(weights, 1)
-    return Inspection(scheme.format, linears, rate, weights, checkpoint.bytes())
+    digest = digest_of(read_sums(checkpoint.folder)) if (checkpoint.folder / SUMS).exists() else None
+    return Inspection(scheme.format, linears, rate, weights, checkpoint.bytes(), digest)
+
+
+def verify(folder: str | Path) -> str:
+    """Compare every file of a quantized checkpoint with SHA256SUMS, and that with the report; returns its digest.
+
+    Raises QuantizationError that names all files which are not what was written, and FormatError without SHA256SUMS.
+    """
+    folder = find_folder(folder)
+    sums = read_sums(folder)
+    digest, report = digest_of(sums), folder / REPORT
+    present = {"config.json", *(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))}
+    added = [f"{name} (not in {SUMS})" for name in sorted(present - sums.keys())]
+    if changed := [*changed_files(folder, sums), *added]:
+        raise QuantizationError(f"{folder} is not as it was written: {', '.join(changed)} changed; copy it again")
+    if report.is_file() and read_json(report).get("digest") != digest:
+        raise QuantizationError(f"{report} is of another checkpoint than {folder / SUMS}: copy both again")
+    return digest
 
 
 def integer_counts(folder: str | Path) -> dict[int, int]:
@@ -79,6 +103,12 @@ def integer_counts(folder: str | Path) -> dict[int, int]:
         for value, count in zip(values.tolist(), counts.tolist(), strict=True):
             total[value] = total.get(value, 0) + count
     return dict(sorted(total.items()))
+
+
+def _read_others(checkpoint: CompleteCheckpoint) -> None:
+    for name in checkpoint.files:
+        if checkpoint.is_kept(name):
+            checkpoint.read(name)
 
 
 def _summarize(

@@ -32,7 +32,7 @@ OUTCOMES = (
     "refused without a name",
     "traceback",
     "silent",
-    "silent, expected",
+    "seen by --verify",
     "harmless",
 )
 FIGURES = pytest.StashKey[Counter[tuple[str, str]]]()

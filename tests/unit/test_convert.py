@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_babai.format.config import digest_of
+from vllm_babai.format.checksums import digest_of, file_sums
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.dense import dense_tensors
@@ -36,7 +36,7 @@ def test_there_and_back_is_byte_identical(quantized: Path, tmp_path: Path) -> No
     digests = {}
     for folder in (quantized, there, back):
         digests[folder] = open_checkpoint(folder).config()["quantization_config"]["digest"]
-        assert digests[folder] == digest_of(folder.glob("*.safetensors"))
+        assert digests[folder] == digest_of(file_sums(folder, folder.glob("*.safetensors")))
     assert digests[quantized] == digests[back] != digests[there]
 
 

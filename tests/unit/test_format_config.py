@@ -1,14 +1,11 @@
 """quantization_config: round trip, overrides, and an error for every field at fault."""
 
-import hashlib
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from vllm_babai.format import FORMATS, CheckpointConfig, FormatError, LayerScheme
-from vllm_babai.format.config import digest_of
 
 CONFIG = CheckpointConfig(
     "ssqr", 4, 128, ignore=["lm_head"], overrides={"model.layers.0.mlp.down_proj": {"bits": 8, "group_size": -1}}
@@ -66,6 +63,8 @@ def test_scales_per_row(group_size: int, groups: int) -> None:
         ({"residency": 1}, "residency is 1; it must be a string"),
         ({"digest": "abc"}, "digest is 'abc'; it must be 64 hexadecimal digits or null"),
         ({"digest": 7}, "digest is 7; it must be 64 hexadecimal digits or null"),
+        ({"checksums": ["norm"]}, r"checksums is \['norm'\]; it must be an object of strings of 8 hexadecimal digits"),
+        ({"checksums": {"norm": "abc"}}, "checksums is {'norm': 'abc'}; it must be an object of strings of 8 hex"),
         ({"format_version": None}, "format_version is None"),
         ({"bitz": 4}, r"unknown fields \['bitz'\]"),
         ({"residency": "disk"}, "residency is 'disk'; this version knows"),
@@ -102,17 +101,5 @@ def test_a_configuration_that_is_no_object_is_refused(raw: Any) -> None:
 
 def test_version_1_is_read() -> None:
     raw = CONFIG.to_dict() | {"format_version": 1}
-    del raw["digest"]
+    del raw["digest"], raw["checksums"]
     assert CheckpointConfig.from_dict(raw) == CONFIG
-
-
-def test_digest_is_what_sha256sum_prints(tmp_path: Path) -> None:
-    files = [tmp_path / "b.safetensors", tmp_path / "a.safetensors"]
-    for path in files:
-        path.write_bytes(path.name.encode() * 1000)
-    lines = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in sorted(files))
-    digest = digest_of(files)
-    assert digest == hashlib.sha256(lines.encode()).hexdigest()
-    files[0].write_bytes(b"another")
-    assert digest_of(files) != digest
-    assert CheckpointConfig.from_dict(replace(CONFIG, digest=digest).to_dict()).digest == digest

@@ -1,18 +1,15 @@
 """`quantization_config` in a checkpoint's config.json: how every linear layer is stored."""
 
-import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_babai.compiled import parallel_map
 from vllm_babai.errors import FormatError
 from vllm_babai.format.registry import FORMATS
 
 FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 1: SSQR with one CRC for a whole linear, no names of linears, no digest
+READABLE_VERSIONS = (1, 2)  # 1: SSQR with one CRC for a whole linear, no names of linears, no digests
 QUANT_METHOD = "babai"
 GROUP_SIZES = (-1, 32, 64, 128)
 RESIDENCIES = ("packed", "coded", "tiled")
@@ -41,8 +38,9 @@ class CheckpointConfig:
     unless `overrides` names them. None, as in older checkpoints: the whole model.
     linears: which linears of those blocks are quantized where `ignore` does not name them, by their names in a block
     (`mlp.up_proj`) with # for numbers. None, as in older checkpoints: all.
-    digest: of the weight files, see `digest_of`; None in version 1. vLLM keys its compiled graphs on the configuration,
-        and so tells checkpoints of other content apart.
+    digest: of the weight files, see `checksums.digest_of`; None in version 1. vLLM keys its compiled graphs on the
+        configuration, and so tells checkpoints of other content apart.
+    checksums: full name of a tensor that is stored as it was → its `checksums.tensor_checksum`; None in version 1.
     """
 
     format: str
@@ -54,6 +52,7 @@ class CheckpointConfig:
     scope: list[str] | None = None
     linears: list[str] | None = None
     digest: str | None = None
+    checksums: dict[str, str] | None = field(default=None, repr=False)
 
     def is_quantized(self, name: str) -> bool:
         """Whether the linear called `name` is quantized."""
@@ -150,6 +149,13 @@ def _is_overrides(value: Any) -> bool:
     )
 
 
+def _is_checksums(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(checksum, str) and re.fullmatch("[0-9a-f]{8}", checksum) is not None
+        for key, checksum in value.items()
+    )
+
+
 CHECKS = {
     "format": Check("a string", lambda value: isinstance(value, str)),
     "bits": Check("an integer or null", lambda value: value is None or _is_integer(value)),
@@ -163,16 +169,7 @@ CHECKS = {
         "64 hexadecimal digits or null",
         lambda value: value is None or (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None),
     ),
+    "checksums": Check(
+        "an object of strings of 8 hexadecimal digits, or null", lambda value: value is None or _is_checksums(value)
+    ),
 }
-
-
-def digest_of(files: Iterable[Path]) -> str:
-    """SHA-256 of names and contents of weight files: what `sha256sum *.safetensors | sha256sum` prints there."""
-    files = sorted(files, key=lambda path: path.name)
-    lines = "".join(f"{sha}  {path.name}\n" for path, sha in zip(files, parallel_map(_sha256, files), strict=True))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_babai.format import FORMATS, CheckpointConfig, LayerScheme
 from vllm_babai.format.config import QUANT_METHOD
+from vllm_babai.plugin.kept import KeptTensors
 from vllm_babai.plugin.linear import BabaiLinearMethod
 from vllm_babai.plugin.names import Found, LinearNames, renamed
 from vllm_babai.plugin.progress import LoadProgress
@@ -48,6 +49,7 @@ class BabaiConfig(QuantizationConfig):
         self.checkpoint = checkpoint
         self.names = LinearNames(checkpoint)
         self.progress = LoadProgress()
+        self.kept = KeptTensors(checkpoint.checksums)
 
     def __repr__(self) -> str:
         return f"BabaiConfig({self.checkpoint})"
@@ -112,7 +114,7 @@ class BabaiConfig(QuantizationConfig):
 
     def _method(self, residency: str, scheme: LayerScheme, prefix: str, names: list[str]) -> QuantizeMethodBase:
         reader = READERS[self.checkpoint.format, residency](scheme)
-        return BabaiLinearMethod(reader, prefix, names, self.progress)
+        return BabaiLinearMethod(reader, prefix, names, self.progress, self.kept)
 
     def _checkpoint_names(self, prefix: str) -> list[str]:
         """Names, as vLLM has them, of the linears that the checkpoint has for the layer `prefix`, in the order of their

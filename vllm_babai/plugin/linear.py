@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_babai.plugin.assemble import assemble
+from vllm_babai.plugin.kept import KeptTensors
 from vllm_babai.plugin.parameter import StoredParameter, VocabularyParameter
 from vllm_babai.plugin.progress import LoadProgress
 from vllm_babai.plugin.readers import Reader
@@ -48,17 +49,19 @@ class BabaiLinearMethod(LinearMethodBase):
     no more than a weight in that dtype would be. torch.compile makes it part of the norm or activation before.
 
     prefix: name of the layer in vLLM. names: names of the linears fused in it, as the checkpoint has them, in the order
-    of their rows. progress: of the model's layers.
+    of their rows. progress, kept: of the model, whose layers share them.
     """
 
     sizes: LayerSizes  # from create_weights on, like the next
-    dummy: bool  # whether vLLM loads no weights
+    vllm_config: VllmConfig
     constants: tuple[int, ...]  # of the op, from process_weights_after_loading on, like the next
     scales_inputs: bool
 
-    def __init__(self, reader: Reader[Any, Any], prefix: str, names: list[str], progress: LoadProgress) -> None:
+    def __init__(
+        self, reader: Reader[Any, Any], prefix: str, names: list[str], progress: LoadProgress, kept: KeptTensors
+    ) -> None:
         self.reader, self.residency = reader, RESIDENCIES[reader.residency]
-        self.prefix, self.names, self.progress = prefix, names, progress
+        self.prefix, self.names, self.progress, self.kept = prefix, names, progress, kept
         self.loaded: Placed | None = None  # names, shapes and dtypes of the first load, on the meta device
 
     def create_weights(
@@ -90,16 +93,17 @@ class BabaiLinearMethod(LinearMethodBase):
         self.sizes = LayerSizes(by_name, input_size_per_partition, padding, params_dtype)
         for name, dtype in self.reader.form.dtypes.items():
             layer.register_parameter(name, self._placeholder(layer, dtype, weight_loader))
-        vllm_config = get_current_vllm_config()
-        _check_offloading(vllm_config)
-        self.dummy = vllm_config.load_config.load_format == "dummy"
+        self.vllm_config = get_current_vllm_config()
+        _check_offloading(self.vllm_config)
         self.progress.expect()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the stored tensors by what the op takes.
 
-        Raises FormatError that names the linear at fault, ValueError where new weights do not fit in the place of old.
+        Raises FormatError that names the linear or tensor at fault, ValueError where new weights do not fit in the
+        place of old.
         """
+        self.kept.check(self.vllm_config.model_config, self.vllm_config.load_config)
         weight = self._take_weight(layer)
         device = getattr(layer, next(iter(self.reader.form.dtypes))).device
         for name in self.reader.form.dtypes:
@@ -148,7 +152,7 @@ class BabaiLinearMethod(LinearMethodBase):
 
     def _take_weight(self, layer: torch.nn.Module) -> Any:
         """The weight of the layer. Then the placeholders, which vLLM keeps for reloading, drop the stored tensors."""
-        if self.dummy:
+        if self.vllm_config.load_config.load_format == "dummy":
             return self.reader.dummy(self.sizes.out_features, self.sizes.in_features)
         parts = {name: getattr(layer, name).parts for name in self.reader.form.dtypes}
         try:
