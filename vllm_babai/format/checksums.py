@@ -61,7 +61,7 @@ def tensor_checksum(tensor: Tensor) -> str:
     The bytes are preceded by a line of text such as `bfloat16 4096 128`, and a newline.
     """
     heading = " ".join([str(tensor.dtype).removeprefix("torch."), *map(str, tensor.shape)]) + "\n"
-    content = tensor.contiguous().reshape(-1).view(uint8).numpy()
+    content = tensor.contiguous().reshape(-1).view(uint8).numpy().data
     return f"{zlib.crc32(content, zlib.crc32(heading.encode())):08x}"
 
 
