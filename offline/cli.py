@@ -91,20 +91,43 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     options: QuantizeOptions,
+    size: Annotated[
+        str | None, typer.Option(help="Choose the bits for a checkpoint of this size, such as 5GB.")
+    ] = None,
+    fit: Annotated[str | None, typer.Option(help="Choose them for a device with this memory, such as 24GiB.")] = None,
+    kv_tokens: Annotated[int, typer.Option(help="--fit: tokens of KV cache to leave room for.", min=0)] = 32768,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Quantize MODEL and write a checkpoint that `vllm serve OUT --quantization babai` serves."""
+    """Quantize MODEL and write a checkpoint that `vllm serve OUT --quantization babai` serves.
+
+    Without --format: SSQR, of 4 bits without --target-bits, --size or --fit.
+    """
     from vllm_babai.offline.card import serve_line
     from vllm_babai.offline.model.checkpoint import REPORT
     from vllm_babai.offline.pipeline import quantize as run
 
+    options = _fitted(model, options, size, fit, kv_tokens)
+    bits = options.planned_rate or options.bits
+    typer.echo(f"format {options.format}, {bits} bits per weight")
     with _resumable("`babai quantize` goes on where it stopped with --resume"):
         folder = run(model, out, options, resume=resume, overwrite=overwrite)
     report = json.loads((folder / REPORT).read_text())
     size = report["checkpoint_bytes"] / 1e6
     typer.echo(f"{folder}: {report['bits_per_weight']:.3f} bits per quantized weight, {size:.1f} MB in all")
     typer.echo(f"serve it: {serve_line(str(folder))}")
+
+
+def _fitted(model: str, options: QuantizeOptions, size: str | None, fit: str | None, kv_tokens: int) -> QuantizeOptions:
+    """Options with the bits that --size or --fit asks for. Raises QuantizationError where two options set the bits."""
+    if size is None and fit is None:
+        return options
+    if (size is not None and fit is not None) or options.target_bits is not None:
+        raise QuantizationError("--size, --fit and --target-bits each choose the bits: give one of them")
+    from vllm_babai.offline.fit import fit_device, fit_size, measure
+
+    sizes = measure(model, options)
+    return fit_size(options, size, sizes) if size is not None else fit_device(options, fit or "", kv_tokens, sizes)
 
 
 @app.command()

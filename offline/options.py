@@ -16,6 +16,7 @@ from vllm_babai.offline.solver.factor import ORDERS, Order
 # Bits per weight that a model can have in the trellis form: half of `code.FEWEST_BITS` and `code.MOST_BITS`, and what a
 # row of a small model takes besides.
 TRELLIS_RATES = (1.25, 5.0)
+TRELLIS_DEFAULT = 3.125  # without --target-bits: a choice, the size of other tools' 3-bit groups of 128
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator takes
 # Options that not every format has → the formats that have them.
@@ -46,7 +47,8 @@ class QuantizeOptions:
     column_steps: Annotated[bool, Option(help="HPTQ: steps by column where they pay.")] = True
     # Everything is counted. Chosen are bits and overflow of every linear of SSQR, bits of every tile of a trellis.
     target_bits: Annotated[
-        float | None, Option(help="SSQR, trellis: bits per weight of the whole model, shared out among linears.")
+        float | None,
+        Option(help="SSQR, trellis: bits per weight of the whole model, shared out among linears; a trellis: 3.125."),
     ] = None
     group_size: Annotated[int, Option(help="Input features per scale: -1 (whole rows), 32, 64 or 128.")] = -1
     # The trellis's is always `reverse`: its streams run from the first column on.
@@ -89,7 +91,7 @@ class QuantizeOptions:
         if self.format == "trellis":
             least, most = TRELLIS_RATES
             wanted = f"from {least} to {most} with --format trellis"
-            _check("--target-bits", least <= (self.target_bits or 0) <= most, wanted, self.target_bits)
+            _check("--target-bits", least <= (self.target_bits or TRELLIS_DEFAULT) <= most, wanted, self.target_bits)
         elif self.target_bits is not None:
             _check("--target-bits", 2 <= self.target_bits <= 8.5, "from 2 to 8.5", self.target_bits)
         if self.target_bits is not None:
@@ -122,7 +124,8 @@ class QuantizeOptions:
     @property
     def planned_rate(self) -> float | None:
         """Bits per weight that a plan shares out among the linears; None where each gets the same."""
-        return self.rate if self.format == "hptq" else self.target_bits
+        defaults = {"hptq": self.rate, "trellis": TRELLIS_DEFAULT}
+        return self.target_bits or defaults.get(self.format)
 
     @property
     def column_order(self) -> Order:

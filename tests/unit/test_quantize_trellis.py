@@ -108,7 +108,11 @@ def test_predict_knows_bits_and_errors(model: Path, quantized: Path, options: Qu
     assert "trellis" in found.curves
 
 
-@pytest.mark.parametrize("target", [None, 1.0, 6.0])
-def test_bits_that_a_trellis_does_not_have_are_refused(target: float | None) -> None:
+def test_a_trellis_has_a_rate_without_being_asked() -> None:
+    assert QuantizeOptions(format="trellis").planned_rate == 3.125
+
+
+@pytest.mark.parametrize("target", [1.0, 6.0])
+def test_bits_that_a_trellis_does_not_have_are_refused(target: float) -> None:
     with pytest.raises(QuantizationError, match=r"--target-bits must be from 1\.25 to 5"):
         QuantizeOptions(format="trellis", target_bits=target)
