@@ -98,4 +98,4 @@ def _with_rate(options: QuantizeOptions, what: str, room: float, sizes: Sizes) -
             f"--format {options.format} has, they need {needed:.2f} GB"
         )
     rate = min(round(rate - 0.0005, 3), HIGHEST[options.format])
-    return replace(options, **{"rate" if options.format == "hptq" else "target_bits": rate})
+    return replace(options, rate=rate) if options.format == "hptq" else replace(options, target_bits=rate)
