@@ -7,8 +7,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vllm_babai.format import FORMATS, CheckpointConfig
-from vllm_babai.format.config import kind_of
+from vllm_babai.format.config import kind_of, layer_name
+from vllm_babai.offline.model.expert_report import check_stored, report_experts
 from vllm_babai.offline.model.place import check_place
+from vllm_babai.offline.model.routed import SeenByExpert
 from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.model.walk import Group, Part, Stage, factored_groups, walk
 from vllm_babai.offline.options import QuantizeOptions
@@ -78,7 +80,9 @@ def _checkpoint_config(prepared: Prepared, options: QuantizeOptions, wanted: dic
         return CheckpointConfig(
             options.format, ignore=ignored, overrides=overrides, residency=residency, scope=scope, linears=kinds
         )
-    overrides = {n: {"bits": target.bits} for n, target in wanted.items() if target.bits != options.bits or n == head}
+    overrides = {
+        layer_name(n): {"bits": target.bits} for n, target in wanted.items() if target.bits != options.bits or n == head
+    }
     return CheckpointConfig(
         options.format, options.bits, options.group_size, ignored, overrides, scope=scope, linears=kinds
     )
@@ -86,12 +90,14 @@ def _checkpoint_config(prepared: Prepared, options: QuantizeOptions, wanted: dic
 
 def weights_left_alone(model: StreamedModel, quantized: Collection[str]) -> list[str]:
     """Modules of the decoder blocks with a matrix of their own that stays as it is: convolutions, routers, linears that
-    were ignored. In vLLM any of them may be a linear.
+    were ignored. In vLLM any of them may be a linear. A layer's experts are one name for each of their linears.
     """
     blocks = tuple(f"{name}." for name in model.block_names)
+    packed = {name for block in model.block_names for name in model.packed(block, quantized)}
     weights = [name for name in model.checkpoint.files if name.startswith(blocks) and name.endswith(".weight")]
-    matrices = [name.removesuffix(".weight") for name in weights if len(model.checkpoint.shape(name)) > 1]
-    return [name for name in matrices if name not in quantized]
+    matrices = [n.removesuffix(".weight") for n in weights if n not in packed and len(model.checkpoint.shape(n)) > 1]
+    experts = [name for block in model.block_names for each in model.experts(block) for name in each.names[0].values()]
+    return list(dict.fromkeys(layer_name(name) for name in [*matrices, *experts] if name not in quantized))
 
 
 def _sensitivity_and_plan(
@@ -143,6 +149,7 @@ class _Run:
         """Quantize linears in the order in which they run, each group on the outputs of the groups before it."""
         tensors: dict[str, Tensor] = {}
         reports: list[LayerReport] = []
+        seen: dict[str, SeenByExpert] = {}
         for group in factored_groups(stage, original, self._token_weights, self.options):
             if group.factor.damping > self.options.damping:
                 names = ", ".join(group.linears)
@@ -155,15 +162,23 @@ class _Run:
                 tensors |= {f"{name}.{key}": tensor for key, tensor in quantized.tensors.items()}
                 reports.append(quantized.report)
                 self.phase.advance()
-        self.folder.write(part, tensors, reports)
+                if group.expert is not None:
+                    seen[name] = group.expert
+        experts = [report_experts(each, seen) for each in stage.experts]
+        for each in experts:
+            if each.starved:
+                self.phase.note(str(each))
+        self.folder.write(part, tensors, reports, experts)
+        for each in stage.experts:
+            check_stored(each, self.folder.read(part), FORMATS[self.options.format])
 
     def _token_weights(self, group: list[str]) -> Tensor | None:
         return self.sensitivity.shared_weights(group) if self.sensitivity else None
 
     def _column_steps(self, group: Group) -> Tensor | None:
         """Exponents of the columns' steps of linears that share an input, or None."""
-        if self.options.format != "hptq" or not self.options.column_steps:
-            return None
+        if self.options.format != "hptq" or not self.options.column_steps or group.expert is not None:
+            return None  # experts share one kernel, which has no steps for the columns of each
         weights = {name: linear.weight for name, linear in group.linears.items()}
         rates = [self.budget.next_rate(name, weight.numel()) for name, weight in weights.items()]
         chosen = choose_column_steps(list(weights.values()), group.factor, rates, self.options.seed)
@@ -173,7 +188,10 @@ class _Run:
         options, target = self.options, self.targets[name]
         rows = self.sensitivity.row_geometry(name) if self.sensitivity else None
         lattice = Lattice(group.factor, rows, options.row_paths)
-        weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
+        if group.expert is None:
+            weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
+        else:  # which the checkpoint may keep with others in one tensor
+            weight = group.linears[name].weight.clone()
         if group.drift is not None:
             weight = corrected(weight, group.factor, group.drift)
         if options.format == "hptq":

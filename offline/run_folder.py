@@ -6,7 +6,7 @@ is meanwhile, and what becomes of it after a kill: `offline.model.place`.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from vllm_babai.files import write_atomically
 from vllm_babai.format import CheckpointConfig
 from vllm_babai.offline.card import describe_base, write_card
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint
+from vllm_babai.offline.model.expert_report import ExpertsReport
 from vllm_babai.offline.model.place import Place, check_room, claim
 from vllm_babai.offline.model.walk import Part, part_file
 from vllm_babai.offline.model.writing import copy_companions, save_atomically, seal, write_index
@@ -74,13 +75,24 @@ class RunFolder:
 
     def read_reports(self, part: Part) -> list[LayerReport]:
         """Reports of a finished part's linears."""
-        return [LayerReport(**report) for report in json.loads(self._report_file(part).read_text())]
+        return [LayerReport(**report) for report in json.loads(self._report_file(part).read_text())["layers"]]
 
-    def write(self, part: Part, quantized: dict[str, Tensor], reports: list[LayerReport]) -> None:
+    def read_experts(self, part: Part) -> list[ExpertsReport]:
+        """Reports of a finished part's experts."""
+        return [ExpertsReport(**report) for report in json.loads(self._report_file(part).read_text())["experts"]]
+
+    def write(
+        self,
+        part: Part,
+        quantized: dict[str, Tensor],
+        reports: list[LayerReport],
+        experts: Sequence[ExpertsReport] = (),
+    ) -> None:
         """Write a part: its quantized linears, and whatever else it holds in the original checkpoint as it was."""
-        replaced = {f"{report.name}.weight" for report in reports}
+        replaced = {f"{report.name}.weight" for report in reports} | set(part.packed)
         kept = [name for name in self.checkpoint.files if name.startswith(f"{part.name}.") and name not in replaced]
-        write_atomically(self._report_file(part), json.dumps([asdict(report) for report in reports]))
+        report = {"layers": [asdict(each) for each in reports], "experts": [asdict(each) for each in experts]}
+        write_atomically(self._report_file(part), json.dumps(report))
         save_atomically(self.partial / part.file, {name: self.checkpoint.read_kept(name) for name in kept} | quantized)
 
     def finish(self, config: CheckpointConfig) -> None:
@@ -97,6 +109,8 @@ class RunFolder:
         layers = [asdict(report) for part in self.parts for report in self.read_reports(part)]
         about = {"options": self.options.to_dict(), "base": describe_base(checkpoint)}
         report = about | _totals(layers, files) | {"digest": digest, "layers": layers}
+        if experts := [asdict(each) for part in self.parts for each in self.read_experts(part)]:
+            report["experts"] = experts
         write_atomically(self.partial / REPORT, json.dumps(report, indent=2) + "\n")
         write_card(self.partial, report)
         self.place.complete()
@@ -127,8 +141,11 @@ def open_run(
 def _expected_bytes(prepared: Prepared, options: QuantizeOptions) -> int:
     """Bytes of the checkpoint to come, about: the original's, with the bits asked for in place of 16."""
     model, saved = prepared.model, 16 - (options.planned_rate or options.bits)
-    linears = [model.linears(part.name)[name] for part in prepared.parts for name in part.linears]
-    return model.checkpoint.bytes() - int(saved / 8 * sum(linear.weight.numel() for linear in linears))
+    weights = 0
+    for part in prepared.parts:
+        linears = model.linears(part.name)
+        weights += sum(linears[name].weight.numel() for name in part.linears)
+    return model.checkpoint.bytes() - int(saved / 8 * weights)
 
 
 def _totals(layers: list[dict[str, Any]], files: list[Path]) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import FORMATS, CheckpointConfig, FormatError
 from vllm_babai.format.checksums import compare, tensor_checksum
+from vllm_babai.format.config import layer_name
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_weights
+from vllm_babai.offline.model.experts import find_experts, roles_of, shape_of
 from vllm_babai.offline.model.skeleton import empty_model
 from vllm_babai.offline.model.view import CheckpointView, view_checkpoint
 
@@ -67,6 +69,8 @@ def check_complete(checkpoint: Checkpoint) -> CompleteCheckpoint:
     view = view_checkpoint(Checkpoint(checkpoint.folder, stored), model)
     linears = {} if scheme is None else _check_linears(checkpoint, scheme, model, view, parts)
     _check_missing(checkpoint, model, view, wanted)
+    for name in find_experts(model):
+        view.expert_names(name)  # which counts them
     _check_blocks(checkpoint, model, view, wanted)
     _check_shapes(checkpoint, view, wanted)
     return CompleteCheckpoint(checkpoint.folder, checkpoint.files, scheme, linears)
@@ -111,29 +115,33 @@ def _check_linears(
 ) -> dict[str, tuple[int, int]]:
     """The quantized linears and their shapes, [out, in]."""
     found: dict[str, tuple[int, int]] = {}
-    for linear, module in _stored_linears(model, view):
+    for linear, shape in _stored_linears(model, view):
         if linear in parts:
             _check_parts(checkpoint, scheme, linear, parts[linear])
             if not _is_quantized(scheme, linear):
                 raise QuantizationError(f"{linear} is stored quantized, but config.json leaves it out (ignore)")
-            found[linear] = (module.out_features, module.in_features)
+            found[linear] = shape
         elif _is_quantized(scheme, linear):
             raise QuantizationError(
                 f"{linear} is stored as an ordinary weight, but config.json says {scheme.format}: copy it again"
             )
     for linear in sorted(parts.keys() - found.keys()):
         raise QuantizationError(f"{linear} is in {checkpoint.folder}, but the model of config.json has no such linear")
-    for linear in scheme.overrides.keys() - found.keys():
+    for linear in scheme.overrides.keys() - {layer_name(linear) for linear in found}:
         raise QuantizationError(f"{linear} is among the overrides in config.json, but no linear is stored for it")
     return found
 
 
-def _stored_linears(model: PreTrainedModel, view: CheckpointView) -> Iterator[tuple[str, nn.Linear]]:
-    """Name in the checkpoint and module of the model's linears that have a weight there."""
+def _stored_linears(model: PreTrainedModel, view: CheckpointView) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name in the checkpoint and shape of the model's linears that have a weight there, those of experts one by one."""
     for name, module in model.named_modules():
         stored = view.stored_name(f"{name}.weight") if isinstance(module, nn.Linear) else None
-        if stored is not None:
-            yield stored.removesuffix(".weight"), module
+        if stored is not None and isinstance(module, nn.Linear):
+            yield stored.removesuffix(".weight"), (module.out_features, module.in_features)
+    for name, experts in find_experts(model).items():
+        shapes = {role: shape_of(experts, role) for role in roles_of(experts)}
+        for names in view.expert_names(name):
+            yield from ((linear, shapes[role]) for role, linear in names.items())
 
 
 def _is_quantized(scheme: CheckpointConfig, linear: str) -> bool:

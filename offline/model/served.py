@@ -29,6 +29,10 @@ DENSE = {
     "MiniCPM3ForCausalLM": (".self_attn.q_a_proj",),
 }
 
+# Linears that tell which experts a token goes to, or how much a shared expert counts: a few rows each, on which all
+# else depends.
+ROUTERS = (".gate", ".gate.wg", ".router", ".shared_expert_gate")
+
 
 def fused_with(linear: str) -> tuple[str, ...]:
     """Full names of the linears that are fused with this one, itself among them."""
@@ -40,5 +44,5 @@ def fused_with(linear: str) -> tuple[str, ...]:
 
 
 def stays_dense(linear: str, architecture: str) -> bool:
-    """Whether vLLM's class of that name has no quantization method for the linear."""
-    return linear.endswith(DENSE.get(architecture, ()))
+    """Whether vLLM's class of that name has no quantization method for the linear, as none has for routers."""
+    return linear.endswith((*ROUTERS, *DENSE.get(architecture, ())))

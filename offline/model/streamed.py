@@ -7,7 +7,7 @@ the first block; a block's weights exist only between `load_block` and the end o
 import copy
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.call import Call, Injector, Recorder, Recording, StandIn
 from vllm_babai.offline.model.capture import batches
 from vllm_babai.offline.model.checkpoint import Checkpoint
+from vllm_babai.offline.model.experts import Experts, check_experts, find_experts, refuse_unknown_experts
 from vllm_babai.offline.model.fp8 import open_source
 from vllm_babai.offline.model.served import fused_with, stays_dense
 from vllm_babai.offline.model.skeleton import architecture, load_config
@@ -42,6 +43,7 @@ class StreamedModel:
     tried: list[Tried]
     device: torch.device
     dtype: torch.dtype
+    _expert_names: dict[str, list[dict[str, str]]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -90,13 +92,38 @@ class StreamedModel:
     def linears(self, part: str, module: nn.Module | None = None) -> dict[str, nn.Linear]:
         """Full name → linear of `module`, which is the part of that name, and by default the one on the meta device.
 
-        A part is a decoder block or the head. Linears that cannot be quantized are left out, see `left_alone`.
+        A part is a decoder block or the head. Linears that cannot be quantized are left out, see `left_alone`; those of
+        experts are views of what the module holds.
         """
         name = self._module(part)
         modules = self.skeleton.get_submodule(name) if module is None else module
         spared = self.left_alone[part] if part in self.block_names else {}
         linears = {n: m for n, m in modules.named_modules(prefix=name) if isinstance(m, nn.Linear) and n not in spared}
-        return {self._stored_linear(n) or n: m for n, m in linears.items()}
+        found = {self._stored_linear(n) or n: m for n, m in linears.items()}
+        for experts in self.experts(part, modules):
+            found |= experts.linears
+        return found
+
+    def experts(self, part: str, module: nn.Module | None = None) -> list[Experts]:
+        """The modules of experts in `module`, which is the part of that name, and by default on the meta device."""
+        name = self._module(part)
+        modules = self.skeleton.get_submodule(name) if module is None else module
+        found = []
+        for full, inner in find_experts(modules, name).items():
+            if full not in self._expert_names:
+                self._expert_names[full] = self.view.expert_names(full)
+            names = self._expert_names[full]
+            found.append(Experts(next(iter(names[0].values())).rsplit(".", 2)[0], full, inner, names))
+        return found
+
+    def packed(self, part: str, linears: Collection[str]) -> list[str]:
+        """Tensors of the checkpoint that hold a part's experts, where `linears`, to be quantized, are of these."""
+        found = []
+        for experts in self.experts(part):
+            if any(name in linears for names in experts.names for name in names.values()):
+                weights = [key for key, tensor in experts.module.named_parameters() if tensor.dim() == 3]
+                found += [stored for key in weights for stored in self.view.stored(f"{experts.module_name}.{key}")]
+        return found
 
     @cached_property
     def left_alone(self) -> dict[str, dict[str, str]]:
@@ -146,7 +173,10 @@ class StreamedModel:
                 raise QuantizationError(f"{stored} has NaN or Inf in {', '.join(sorted(self.view.files(key)))}")
         module = copy.deepcopy(self.skeleton.get_submodule(name))
         self._fill(module, state, name)
-        return module.eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
+        for full, inner in find_experts(module, name).items():
+            check_experts(inner, full)
+        return module
 
     def first_inputs(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Hidden states before the first block, [sequences, length, hidden], and how each block is called.
@@ -281,7 +311,7 @@ def open_streamed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
     """Build the model on the meta device, find its decoder blocks and see them run.
 
     Raises QuantizationError for a model that is quantized already (other than in FP8), is not a causal LM of a known
-    type, has no list of decoder blocks, holds a mixture of experts, or whose blocks do not run one by one.
+    type, has no list of decoder blocks, holds experts of an unknown kind, or whose blocks do not run one by one.
     """
     source = open_source(checkpoint)
     try:
@@ -302,7 +332,7 @@ def open_streamed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
     decoder_name = next(name for name, module in skeleton.named_modules() if module is decoder)
     list_name = _find_blocks(decoder, config)
     blocks_name = join(decoder_name, list_name)
-    _refuse_experts(skeleton.get_submodule(blocks_name), blocks_name)
+    refuse_unknown_experts(skeleton.get_submodule(blocks_name), blocks_name)
     tried = try_blocks(decoder, list_name, blocks_name)
     view = view_checkpoint(source, skeleton)
     _refuse_missing(view, decoder_name)
@@ -320,12 +350,6 @@ def _find_blocks(decoder: nn.Module, config: Any) -> str:
     if not lists:
         raise QuantizationError(f"{type(decoder).__name__} has no list of {layers} decoder blocks")
     return min(lists, key=len)
-
-
-def _refuse_experts(blocks: nn.Module, blocks_name: str) -> None:
-    for name, module in blocks.named_modules(prefix=blocks_name):
-        if "expert" in name.rpartition(".")[2].lower() or "Experts" in type(module).__name__:
-            raise QuantizationError(f"{name} ({type(module).__name__}) is a mixture of experts: not supported yet")
 
 
 def _refuse_missing(view: CheckpointView, decoder_name: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.call import StandIn, hidden_states
+from vllm_babai.offline.model.experts import find_experts, routed
 
 TOKENS = 8  # enough for the short convolutions of hybrids
 
@@ -72,10 +73,15 @@ class _Trial(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         (block,) = self.block
+        experts = find_experts(block, self.name)
         linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         hooks = [module.register_forward_pre_hook(partial(self._note, name)) for name, module in linears.items()]
+        for name, module in experts.items():
+            module.forward = partial(_tried_experts, module, name)
         try:
             output = block(*_on_meta(args, self.left), **_on_meta(kwargs, self.left))
+        except QuantizationError:
+            raise
         except Exception as error:  # the model's own code, which may raise anything
             reason = " ".join(str(error).split())
             raise QuantizationError(
@@ -84,6 +90,8 @@ class _Trial(StandIn):
         finally:
             for hook in hooks:
                 hook.remove()
+            for module in experts.values():
+                del module.forward
         self.outputs = len(output) if isinstance(output, tuple) else None
         hidden = hidden_states(args, kwargs)
         self.shapes.append(hidden.shape)
@@ -101,6 +109,11 @@ class _Trial(StandIn):
 
     def _note(self, linear: str, *_: Any) -> None:
         self.called.add(linear)
+
+
+def _tried_experts(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Tensor:
+    """In place of a module of experts, whose way depends on values: checks how it is called."""
+    return torch.empty_like(routed(module, name, args, kwargs).inputs)
 
 
 def _on_meta(tree: Any, left: dict[int, dict]) -> Any:

@@ -11,13 +11,24 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.checkpoint import Checkpoint
+from vllm_babai.offline.model.experts import (
+    NAMES,
+    NUMBERED,
+    ROLE_OF,
+    ROLES,
+    PackExperts,
+    count_experts,
+    layout_of,
+    names_by_number,
+    roles_of,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class Source:
     """
 
     targets: tuple[str, ...]
-    converter: WeightConverter | None = None
+    converter: WeightConverter | PackExperts | None = None
     stored: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -83,10 +94,39 @@ class CheckpointView:
                     return prefix
         raise QuantizationError(f"{name}: the checkpoint keeps its tensors under names without a common beginning")
 
+    def stored(self, name: str) -> list[str]:
+        """Names in the checkpoint of all that the model's tensor called `name` is made of."""
+        return [one for names in self.sources[name].stored.values() for one in names]
+
+    def expert_names(self, name: str) -> list[dict[str, str]]:
+        """For each expert of the module called `name`: role → full name of its linear in a checkpoint.
+
+        Where all experts are one tensor, these are the names that they get one by one. Raises QuantizationError for
+        experts that are missing.
+        """
+        module = self.model.get_submodule(name)
+        stored = [one.removesuffix(".weight") for one in self._stored_experts(name, module)]
+        roles, count = roles_of(module), count_experts(module)
+        numbered = [found for one in stored if (found := NUMBERED.fullmatch(one))]
+        if not numbered:
+            stem, own = stored[0].rpartition(".")[0], dict(zip(ROLES, NAMES[0], strict=True))
+            stem = stem if stem.endswith("experts") else f"{stem}.experts"
+            return [{role: f"{stem}.{number}.{own[role]}" for role in roles} for number in range(count)]
+        by_role = {}
+        for role in roles:
+            of_role = [found.group() for found in numbered if ROLE_OF[found.group(3)] == role]
+            by_role[role] = names_by_number(of_role, count, f"{name}, {role}")
+        return [{role: by_role[role][number] for role in roles} for number in range(count)]
+
+    def _stored_experts(self, name: str, module: nn.Module) -> list[str]:
+        parameters = [f"{name}.{key}" for key, tensor in module.named_parameters() if tensor.dim() == 3]
+        if missing := [key for key in parameters if key not in self]:
+            raise QuantizationError(f"{self.checkpoint.folder} has no tensor for {missing[0]}")
+        return [one for key in parameters for one in self.stored(key)]
+
     def files(self, name: str) -> set[str]:
         """Names of the files that hold what the model's tensor called `name` is made of."""
-        stored = (stored for names in self.sources[name].stored.values() for stored in names)
-        return {self.checkpoint.files[one].name for one in stored}
+        return {self.checkpoint.files[one].name for one in self.stored(name)}
 
 
 def view_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel) -> CheckpointView:
@@ -103,6 +143,7 @@ def view_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoin
         if name not in wanted and stored in wanted:
             name, pattern = stored, None
         if name not in wanted:
+            _note_expert(sources, model, name, stored)
             continue
         if pattern is None:
             sources.setdefault(name, Source((name,), None, {stored: [stored]}))
@@ -113,6 +154,24 @@ def view_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoin
             sources |= dict.fromkeys(source.targets, source)
         sources[name].stored.setdefault(pattern, []).append(stored)
     return CheckpointView(checkpoint, model, sources)
+
+
+def _note_expert(sources: dict[str, Source], model: PreTrainedModel, name: str, stored: str) -> None:
+    """Note a linear of one expert, where transformers knows these experts by one tensor for all of them."""
+    found = NUMBERED.fullmatch(name.removesuffix(".weight"))
+    if found is None:
+        return
+    prefix, role = found.group(1), ROLE_OF[found.group(3)]
+    try:
+        module = model.get_submodule(prefix)
+    except AttributeError:
+        return
+    if layout_of(module) is None:
+        return
+    targets = tuple(f"{prefix}.{key}" for key, tensor in module.named_parameters() if tensor.dim() == 3)
+    if targets[0] not in sources:
+        sources |= dict.fromkeys(targets, Source(targets, PackExperts(module, prefix)))
+    sources[targets[0]].stored.setdefault(role, []).append(stored)
 
 
 def _targets(first: str, converter: WeightConverter, wanted: Iterable[str]) -> tuple[str, ...]:

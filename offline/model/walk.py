@@ -5,8 +5,9 @@ quantizes a part before its outputs go on to the next.
 """
 
 import copy
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.call import Call
 from vllm_babai.offline.model.capture import Moments, Seen, added_linears, advance, moments, seen_by, shared_inputs
+from vllm_babai.offline.model.experts import Experts
+from vllm_babai.offline.model.routed import Pass, SeenByExpert, expert_moments
 from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.solver.drift import Drift
@@ -24,11 +27,14 @@ TokenWeights = Callable[[list[str]], Tensor | None]
 
 
 class Part(NamedTuple):
-    """What one file of a checkpoint holds: a decoder block, or the head. linears: full names of those to quantize."""
+    """What one file of a checkpoint holds: a decoder block, or the head. linears: full names of those to quantize.
+    packed: tensors of the original that each hold some of these, as experts may be stored.
+    """
 
     name: str
     linears: tuple[str, ...]
     file: str
+    packed: tuple[str, ...] = ()
 
 
 class Inputs(NamedTuple):
@@ -44,37 +50,60 @@ class Inputs(NamedTuple):
 @dataclass(frozen=True)
 class Stage:
     """A part in memory. linears: those to quantize, by full name. hidden: inputs of `module`, [sequences, length,
-    hidden]. call: how it is called.
+    hidden]. call: how it is called. experts: whose linears are to be quantized, too, and among `linears`.
     """
 
     module: nn.Module
     linears: dict[str, nn.Linear]
     hidden: Tensor
     call: Call
+    experts: list[Experts] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that read the same input, by full name; the factor of its Hessian, and its drift where it is known."""
+    """Linears that read the same input, by full name; the factor of its Hessian, and its drift where it is known.
+
+    expert: of the linears of one expert, what of the text it has seen; None of all others.
+    """
 
     linears: dict[str, nn.Linear]
     factor: Factor
     drift: Drift | None
+    expert: SeenByExpert | None = None
 
 
 def parts_of(model: StreamedModel, options: QuantizeOptions) -> list[Part]:
     """The decoder blocks, then the head where it is to be quantized; one more file holds what is in none of them.
 
-    Raises QuantizationError when no linear is left to quantize, or the head has no weight of its own.
+    Raises QuantizationError when no linear is left to quantize, the head has no weight of its own, or some experts of a
+    layer are to be left as they are and others not.
     """
     linears = {name: tuple(model.linears(name)) for name in model.block_names}
     linears = {name: tuple(n for n in every if not options.ignores(n)) for name, every in linears.items()}
     if options.lm_head is not None:
         linears[model.head_name] = (model.head_name,)
+    if options.format == "trellis" and any(model.experts(name) for name in model.block_names):
+        raise QuantizationError("--format trellis has no experts yet: use ssqr or hptq for a mixture of experts")
     if not any(linears.values()):
         raise QuantizationError("--ignore excludes every linear of the model")
     count = len(linears) + 1
-    return [Part(name, some, part_file(i, count)) for i, (name, some) in enumerate(linears.items(), 1)]
+    parts = []
+    for i, (name, some) in enumerate(linears.items(), 1):
+        packed = _packed(model, name, some) if name in model.block_names else ()
+        parts.append(Part(name, some, part_file(i, count), packed))
+    return parts
+
+
+def _packed(model: StreamedModel, part: str, linears: tuple[str, ...]) -> tuple[str, ...]:
+    for experts in model.experts(part):
+        names = {name for each in experts.names for name in each.values()}
+        if 0 < len(names.intersection(linears)) < len(names):
+            raise QuantizationError(
+                f"--ignore leaves some linears of {experts.name} as they are and others not; a layer's experts go"
+                f" together: ignore all of them (--ignore '{re.escape(experts.name)}') or none"
+            )
+    return tuple(model.packed(part, linears))
 
 
 def part_file(number: int, count: int) -> str:
@@ -108,8 +137,16 @@ def _stages(model: StreamedModel, part: Part, tokens: Tensor, streams: list[Tens
     if isinstance(first, nn.Linear):
         model.advance_to_head(tokens, *streams)
         streams = [hidden.flatten(0, 1)[:, None] for hidden in streams]
-    linears = [{n: m for n, m in model.linears(part.name, each).items() if n in part.linears} for each in modules]
-    return [Stage(*each) for each in zip(modules, linears, streams, calls, strict=True)]
+    wanted = set(part.linears)
+    linears = [{n: m for n, m in model.linears(part.name, each).items() if n in wanted} for each in modules]
+    experts = [_experts(model, part, each) for each in modules]
+    return [Stage(*each) for each in zip(modules, linears, streams, calls, experts, strict=True)]
+
+
+def _experts(model: StreamedModel, part: Part, module: nn.Module) -> list[Experts]:
+    if part.name not in model.block_names:
+        return []
+    return [each for each in model.experts(part.name, module) if next(iter(each.names[0].values())) in part.linears]
 
 
 def _advance(stages: list[Stage], device: torch.device) -> None:
@@ -125,23 +162,34 @@ def factored_groups(
     *,
     at_once: bool = False,
 ) -> Iterator[Group]:
-    """The groups of a stage's linears in the order in which they are called.
+    """The groups of a stage's linears in the order in which they are called; those of experts come last.
 
     original: the same part of the original model, to learn the drift from; None: it is not captured. token_weights:
     how much each token counts for linears of one input. at_once: capture all groups in one pass; else each group is
     captured when the caller is done with the one before, whose linears it may have quantized. Raises QuantizationError
     that names the linears when activations are not finite or their Hessian cannot be factored.
     """
-    groups = shared_inputs(stage.module, stage.linears, stage.hidden[:1].to(_device(stage)), stage.call)
+    of_experts = {name for experts in stage.experts for names in experts.names for name in names.values()}
+    ordinary = {name: linear for name, linear in stage.linears.items() if name not in of_experts}
+    groups = shared_inputs(stage.module, ordinary, stage.hidden[:1].to(_device(stage)), stage.call)
     for some in [groups] if at_once and groups else [[group] for group in groups]:
         found = _capture(stage, original, {group[0]: token_weights(group) for group in some})
         for group in some:
-            hessian, drift = found.pop(group[0])
-            try:
-                factor = factorize(hessian, options.column_order, options.damping)
-            except QuantizationError as error:
-                raise QuantizationError(f"{', '.join(group)}: {error}") from error
-            yield Group({name: stage.linears[name] for name in group}, factor, drift)
+            yield _factored({name: stage.linears[name] for name in group}, found.pop(group[0]), options)
+    for index in range(len(stage.experts)):
+        passes = [Pass(each.module, each.experts[index], each.hidden, each.call) for each in (stage, original) if each]
+        for linears, own, seen_by_expert in expert_moments(*passes, token_weights=token_weights):
+            yield _factored(linears, own, options, seen_by_expert)
+
+
+def _factored(
+    linears: dict[str, nn.Linear], own: Moments, options: QuantizeOptions, expert: SeenByExpert | None = None
+) -> Group:
+    try:
+        factor = factorize(own.hessian, options.column_order, options.damping)
+    except QuantizationError as error:
+        raise QuantizationError(f"{', '.join(linears)}: {error}") from error
+    return Group(linears, factor, own.drift, expert)
 
 
 def _capture(stage: Stage, original: Stage | None, token_weights: dict[str, Tensor | None]) -> dict[str, Moments]:

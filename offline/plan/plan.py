@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import BIT_WIDTHS
+from vllm_babai.format.config import layer_name
 from vllm_babai.format.trellis.blob import stored_bits
 from vllm_babai.offline.model.served import fused_with
 from vllm_babai.offline.model.streamed import StreamedModel
@@ -62,7 +63,9 @@ def forecast_model(
     def visit(_: Part, stage: Stage) -> None:
         for group in factored_groups(stage, None, sensitivity.shared_weights, options, at_once=True):
             weights = [linear.weight for linear in group.linears.values()]
-            errors = _errors_by_columns(weights, group.factor, options)
+            errors = [1.0] * len(weights)
+            if group.expert is None:
+                errors = _errors_by_columns(weights, group.factor, options)
             for name, weight, by_columns in zip(group.linears, weights, errors, strict=True):
                 lattice = Lattice(group.factor, sensitivity.row_geometry(name), options.paths)
                 forecasts.append(forecast(name, weight, lattice, options.seed, by_columns))
@@ -107,14 +110,15 @@ def plan_rates(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:
 
 
 def plan_widths(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:
-    """SSQR at `rate` bits per weight in all: widths, one for linears that vLLM fuses, and overflow of every linear.
+    """SSQR at `rate` bits per weight in all: widths, one for linears that vLLM fuses, and overflow of every linear. All
+    experts of a layer have one width for gate and up, and one for down.
 
     Each takes what costs least in loss + price · bits; the price is found by bisection. The next plan may be
     a whole width of some linear away, so what is then left goes into overflow.
     """
     groups: dict[tuple[str, ...], list[Forecast]] = {}
     for linear in forecasts:
-        groups.setdefault(fused_with(linear.name), []).append(linear)
+        groups.setdefault(fused_with(layer_name(linear.name)), []).append(linear)
     scale = sum(float(linear.row_losses()[len(OCTAVES) // 2]) for linear in forecasts)
 
     def at(octave: float) -> list[PlannedLinear]:

@@ -28,6 +28,12 @@ from vllm_babai.offline.model.call import Call, newly_left, run_block
 from vllm_babai.offline.model.capture import advance, batches
 from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.model.walk import Inputs
+from vllm_babai.offline.plan.expert_sensitivity import (
+    ExpertGradients,
+    expert_row_geometry,
+    expert_token_weights,
+    is_of_expert,
+)
 from vllm_babai.offline.plan.waiting import WaitingInputs
 from vllm_babai.offline.solver.row_geometry import ROW_DAMPING, RowGeometry, independent_rows, row_geometry
 from vllm_babai.progress import Tick, uncounted
@@ -51,6 +57,8 @@ class Sensitivity:
         """
         if self._is_head(linears[0]):
             return None
+        if is_of_expert(linears[0]):
+            return expert_token_weights(self._of_block(linears[0]), linears[0])
         total = torch.stack([self._read(linear, "tokens") for linear in linears]).sum(0)
         return total / total.mean().clamp_min(torch.finfo(total.dtype).tiny)
 
@@ -63,15 +71,22 @@ class Sensitivity:
         if self._is_head(linear):
             variances = load_file(self.folder / HEAD)["rows"].double()
             return independent_rows(variances + ROW_DAMPING * variances.mean())
+        if is_of_expert(linear):
+            return expert_row_geometry(self._of_block(linear), linear)
         return row_geometry(self.row_covariance(linear))
 
     def _is_head(self, linear: str) -> bool:
         return not linear.startswith(f"{self.blocks_name}.")
 
     def _read(self, linear: str, kind: str) -> Tensor:
-        index = int(linear.removeprefix(f"{self.blocks_name}.").split(".")[0])
-        with safe_open(_file(self.folder, index), framework="pt") as file:
+        with safe_open(self._file_of(linear), framework="pt") as file:
             return file.get_tensor(f"{linear}.{kind}")
+
+    def _of_block(self, linear: str) -> dict[str, Tensor]:
+        return load_file(self._file_of(linear))
+
+    def _file_of(self, linear: str) -> Path:
+        return _file(self.folder, int(linear.removeprefix(f"{self.blocks_name}.").split(".")[0]))
 
 
 def measure_sensitivity(
@@ -159,8 +174,10 @@ def _block_backward(
 
     gradient: by the hidden states. left_gradients: by what blocks leave for later ones.
     """
-    block = model.load_block(index)
-    linears = model.linears(model.block_names[index], block)
+    block, name = model.load_block(index), model.block_names[index]
+    every_experts = [ExpertGradients(each, hidden.shape[:2], ROW_BLOCK) for each in model.experts(name, block)]
+    of_experts = {linear for each in every_experts for linear in each.experts.linears}
+    linears = {n: m for n, m in model.linears(name, block).items() if n not in of_experts}
     tokens = {linear: torch.zeros(hidden.shape[:2]) for linear in linears}
     rows = {n: torch.zeros(m.out_features, ROW_BLOCK, device=model.device) for n, m in linears.items()}
     window, written = slice(0), {}
@@ -177,7 +194,11 @@ def _block_backward(
 
     for linear, module in linears.items():
         module.register_forward_hook(partial(watch, linear))
+    for each in every_experts:
+        each.experts.module.forward = each.forward
     for window, batch in batches(hidden, model.device):
+        for each in every_experts:
+            each.first_token = window.start * hidden.shape[1]
         inputs, here = batch.requires_grad_(), call.at(window)
         here.left.update(tree_map_only(Tensor, lambda t: t.to(model.device).requires_grad_(), here.left))
         read = dict(here.left)
@@ -194,7 +215,10 @@ def _block_backward(
     for key in written:  # by the last batch, as by every one
         left_gradients.pop(key, None)
     count = hidden.shape[:2].numel()
-    return {f"{n}.tokens": t for n, t in tokens.items()} | {f"{n}.rows": (t / count).cpu() for n, t in rows.items()}
+    found = {f"{n}.tokens": t for n, t in tokens.items()} | {f"{n}.rows": (t / count).cpu() for n, t in rows.items()}
+    for each in every_experts:
+        found |= each.tensors()
+    return found
 
 
 def _cut(gradients: LeftGradients, left: Mapping[Hashable, Any], window: slice) -> Iterator[Tensor]:

@@ -13,6 +13,15 @@ READABLE_VERSIONS = (1, 2)  # 1: SSQR with one CRC for a whole linear, no names 
 QUANT_METHOD = "babai"
 GROUP_SIZES = (-1, 32, 64, 128)
 RESIDENCIES = ("packed", "coded", "tiled")
+OF_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(\w+)")
+
+
+def layer_name(linear: str) -> str:
+    """Name by which `ignore` and `overrides` know a linear: those of experts go without the expert's number, as all
+    experts of a layer are stored alike: `….mlp.experts.17.up_proj` is `….mlp.experts.up_proj`.
+    """
+    found = OF_EXPERT.fullmatch(linear)
+    return f"{found.group(1)}.{found.group(2)}" if found else linear
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class CheckpointConfig:
     """The quantization_config of a babai checkpoint.
 
     format: name in `format.FORMATS`. bits, group_size: scheme of every linear that `overrides` does not name.
-    ignore: full names of linears stored as they were. overrides: full name of a linear → fields of its LayerScheme.
+    ignore: full names of linears stored as they were. overrides: full name of a linear → fields of its LayerScheme. In
+    both, all experts of a layer have one name, see `layer_name`.
     residency: while it is served: `packed`, dense + sparse; `coded`, HPTQ decoded by every matmul; `tiled`, a trellis.
     scope: full names of the modules, decoder blocks, in which linears are quantized; those outside of them are not,
     unless `overrides` names them. None, as in older checkpoints: the whole model.
@@ -56,7 +66,7 @@ class CheckpointConfig:
 
     def is_quantized(self, name: str) -> bool:
         """Whether the linear called `name` is quantized."""
-        if name in self.ignore:
+        if name in self.ignore or layer_name(name) in self.ignore:
             return False
         if self.scope is None or name in self.overrides:
             return True
@@ -65,7 +75,8 @@ class CheckpointConfig:
 
     def scheme(self, name: str) -> LayerScheme:
         """How the linear called `name` is stored."""
-        fields: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, **self.overrides.get(name, {})}
+        override = self.overrides.get(layer_name(name), {})
+        fields: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, **override}
         return LayerScheme(**fields)
 
     def check_residency(self) -> None:

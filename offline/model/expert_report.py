@@ -1,0 +1,71 @@
+"""What became of a layer's experts: tokens that each has seen, and whether all are stored in their order."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_babai.errors import QuantizationError
+from vllm_babai.format import Format, FormatError
+from vllm_babai.offline.model.experts import Experts
+from vllm_babai.offline.model.routed import SeenByExpert
+
+
+@dataclass(frozen=True)
+class ExpertsReport:
+    """A layer's experts, by number. name: of them in the checkpoint. tokens: of the calibration text that were
+    routed to each. pooled: share of the Hessian of each that is the layer's, [gate and up, down]. starved: numbers of those whose
+    Hessian is for the larger part the layer's.
+    """
+
+    name: str
+    tokens: list[int]
+    pooled: list[tuple[float, float]]
+    starved: list[int]
+
+    def __str__(self) -> str:
+        least = min(self.tokens[number] for number in self.starved)
+        most = max(self.tokens[number] for number in self.starved)
+        return (
+            f"{self.name}: {len(self.starved)} of {len(self.tokens)} experts saw {least} to {most} tokens; their"
+            " Hessians are mixed with the layer's. More text (--samples) shows them more"
+        )
+
+
+def report_experts(experts: Experts, seen: Mapping[str, SeenByExpert]) -> ExpertsReport:
+    """The report of a layer. seen: by full name of the linears."""
+    tokens, pooled = [], []
+    for names in experts.names:
+        first, down = seen[names["up"]], seen[names["down"]]
+        tokens.append(first.tokens)
+        pooled.append((first.pooled, down.pooled))
+    starved = [number for number, shares in enumerate(pooled) if max(shares) > 0.5]
+    return ExpertsReport(experts.name, tokens, pooled, starved)
+
+
+@torch.no_grad()
+def check_stored(experts: Experts, stored: Mapping[str, Tensor], form: type[Format]) -> None:
+    """Compare a module whose experts were quantized with what is stored of them: each expert gets a token of its own.
+
+    stored: tensors of the part's file, by name. Raises QuantizationError that names an expert which is not the one that
+    the module runs, or is not there.
+    """
+    linears = experts.linears
+    first = linears[experts.names[0]["up"]].weight
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(len(experts), first.shape[1], generator=generator).to(first)
+    index = torch.arange(len(experts), device=first.device)[:, None]
+    together = experts.module(tokens, index, torch.ones_like(tokens[:, :1]))
+    for number, names in enumerate(experts.names):
+        expert = experts.expert(number)
+        for role, name in names.items():
+            try:
+                parts = form.from_tensors({key: stored[f"{name}.{key}"] for key in form.dtypes})
+                weight = parts.decode(tuple(linears[name].weight.shape), name).dequantize()
+            except (FormatError, KeyError) as error:
+                raise QuantizationError(f"{name} was not stored as it was quantized ({error}): report this") from error
+            expert.linears[role].weight = torch.nn.Parameter(weight.to(first), requires_grad=False)
+        alone = expert(tokens[number : number + 1])[0]
+        if not (alone - together[number]).norm() <= 0.02 * together[number].norm() + 1e-12:  # bfloat16 rounds to 0.004
+            raise QuantizationError(f"{experts.name}: expert {number} was not stored as it was quantized: report this")
