@@ -6,7 +6,7 @@ checkpoint. So names and shapes are compared with the model's skeleton before an
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from vllm_babai.format import FORMATS, CheckpointConfig, FormatError
 from vllm_babai.format.checksums import compare, tensor_checksum
 from vllm_babai.format.config import layer_name
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_weights
-from vllm_babai.offline.model.experts import find_experts, roles_of, shape_of
+from vllm_babai.offline.model.experts import PackExperts, find_experts, roles_of, shape_of
 from vllm_babai.offline.model.skeleton import empty_model
-from vllm_babai.offline.model.view import CheckpointView, view_checkpoint
+from vllm_babai.offline.model.view import CheckpointView, Source, view_checkpoint
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ class CompleteCheckpoint(Checkpoint):
     """A checkpoint that holds what its model needs.
 
     scheme: its quantization_config, None where it is dense. linears: full name of a quantized linear → [out, in].
+    gathered: what the model has as few tensors and the checkpoint expert by expert, each with the names of its weights.
     """
 
     scheme: CheckpointConfig | None
     linears: dict[str, tuple[int, int]]
+    gathered: list[Source] = field(default_factory=list)
 
     def read(self, name: str) -> Tensor:
         """The tensor called `name`. Raises QuantizationError also where it is kept, and not as config.json says."""
@@ -73,7 +75,8 @@ def check_complete(checkpoint: Checkpoint) -> CompleteCheckpoint:
         view.expert_names(name)  # which counts them
     _check_blocks(checkpoint, model, view, wanted)
     _check_shapes(checkpoint, view, wanted)
-    return CompleteCheckpoint(checkpoint.folder, checkpoint.files, scheme, linears)
+    gathered = {id(s): s for s in view.sources.values() if isinstance(s.converter, PackExperts)}
+    return CompleteCheckpoint(checkpoint.folder, checkpoint.files, scheme, linears, list(gathered.values()))
 
 
 def read_scheme(checkpoint: Checkpoint) -> CheckpointConfig | None:

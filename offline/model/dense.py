@@ -15,6 +15,7 @@ from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
 from vllm_babai.offline.model.complete import check_complete
 from vllm_babai.offline.model.fp8 import open_source
 from vllm_babai.offline.model.skeleton import architecture, load_config
+from vllm_babai.offline.model.view import gather, stored_names
 
 Stored = tuple[str, Weight, dict[str, Tensor], tuple[int, int] | None]
 
@@ -50,14 +51,23 @@ def stored_linears(checkpoint: Checkpoint, names: list[str] | None = None) -> It
 def dense_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Name and value of every tensor of the dense model; quantized linears are dequantized exactly, in float32.
 
-    names: only tensors stored under these names. Raises QuantizationError like `stored_linears`, and for NaN.
+    Experts that transformers knows by one tensor for all of them become that tensor. names: only tensors stored under
+    these names. Raises QuantizationError like `stored_linears`, and for NaN.
     """
     checkpoint = check_complete(checkpoint)
     names = sorted(checkpoint.files) if names is None else names
     replaced = set()
+    gathering = {name: source for source in check_complete(checkpoint).gathered for name in stored_names(source)}
+    found: dict[str, Tensor] = {}
     for linear, weight, parts, _ in stored_linears(checkpoint, names):
         replaced |= {f"{linear}.{key}" for key in parts}
-        yield f"{linear}.weight", weight.dequantize()
+        name = f"{linear}.weight"
+        if name not in gathering:
+            yield name, weight.dequantize()
+            continue
+        found[name] = weight.dequantize()
+        if found.keys() >= (of_module := set(stored_names(gathering[name]))):
+            yield from gather(gathering[name], {one: found.pop(one) for one in of_module}).items()
     for name in names:
         if name not in replaced:
             tensor = checkpoint.read(name)

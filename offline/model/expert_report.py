@@ -14,9 +14,9 @@ from vllm_babai.offline.model.routed import SeenByExpert
 
 @dataclass(frozen=True)
 class ExpertsReport:
-    """A layer's experts, by number. name: of them in the checkpoint. tokens: of the calibration text that were
-    routed to each. pooled: share of the Hessian of each that is the layer's, [gate and up, down]. starved: numbers of those whose
-    Hessian is for the larger part the layer's.
+    """A layer's experts, by number. name: of them in the checkpoint. tokens: of the calibration text that were routed
+    to each. pooled: share of the Hessian of each that is the layer's, [gate and up, down]. starved: numbers of those
+    whose Hessian is for the larger part the layer's.
     """
 
     name: str

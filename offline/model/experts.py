@@ -68,7 +68,7 @@ def refuse_unknown_experts(module: nn.Module, prefix: str) -> None:
 
 
 class Expert(nn.Module):
-    """One expert of a module: `linears` by role (gate, up, down); their weights are views of the module's parameters."""
+    """One expert of a module: `linears` by role (gate, up, down), views of the module's parameters."""
 
     def __init__(self, experts: nn.Module, number: int) -> None:
         super().__init__()

@@ -19,8 +19,8 @@ from vllm_babai.offline.model.capture import BATCH_TOKENS, Moments, Seen, batche
 from vllm_babai.offline.model.experts import Expert, Experts, Routed, routed
 from vllm_babai.offline.solver.shrink import shrunk
 
-# Where an expert has seen this many tokens for each of its columns, its own Hessian is taken as it is. A choice:
-# `tests/benchmarks/experts.py` measures the share of the layer's Hessian that the rule would mix in there.
+# Where an expert has seen this many tokens for each of its columns, its own Hessian is taken as it is, which saves the
+# tokens of the layer a way through it. A choice that was not measured.
 ENOUGH = 8
 # Tokens of the layer that are sent through an expert which has seen too few, to know what its down projection reads of
 # any text. A choice: as many as a batch.

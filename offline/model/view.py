@@ -59,14 +59,8 @@ class CheckpointView:
             raise QuantizationError(f"{self.checkpoint.folder} has no tensor for {name}")
         source = self.sources[name]
         if source.converter is None:
-            (stored,) = source.stored.values()
-            return self.checkpoint.read(stored[0])
-        converter = copy.deepcopy(source.converter)  # it collects what it is given
-        for pattern, names in source.stored.items():
-            for stored_name in names:
-                converter.add_tensor(source.targets[0], stored_name, pattern, self.checkpoint.read(stored_name))
-        found = converter.convert(source.targets[0], model=self.model, config=self.model.config)[name]
-        return found[0] if isinstance(found, list) else found
+            return self.checkpoint.read(stored_names(source)[0])
+        return gather(source, {one: self.checkpoint.read(one) for one in stored_names(source)}, self.model)[name]
 
     def below(self, prefix: str) -> list[str]:
         """The model's tensors whose names start with `prefix`, in the order of the checkpoint."""
@@ -96,7 +90,7 @@ class CheckpointView:
 
     def stored(self, name: str) -> list[str]:
         """Names in the checkpoint of all that the model's tensor called `name` is made of."""
-        return [one for names in self.sources[name].stored.values() for one in names]
+        return stored_names(self.sources[name])
 
     def expert_names(self, name: str) -> list[dict[str, str]]:
         """For each expert of the module called `name`: role → full name of its linear in a checkpoint.
@@ -122,11 +116,27 @@ class CheckpointView:
         parameters = [f"{name}.{key}" for key, tensor in module.named_parameters() if tensor.dim() == 3]
         if missing := [key for key in parameters if key not in self]:
             raise QuantizationError(f"{self.checkpoint.folder} has no tensor for {missing[0]}")
-        return [one for key in parameters for one in self.stored(key)]
+        return list(dict.fromkeys(one for key in parameters for one in self.stored(key)))
 
     def files(self, name: str) -> set[str]:
         """Names of the files that hold what the model's tensor called `name` is made of."""
         return {self.checkpoint.files[one].name for one in self.stored(name)}
+
+
+def stored_names(source: Source) -> list[str]:
+    """Names in the checkpoint of all that a source reads."""
+    return [name for names in source.stored.values() for name in names]
+
+
+def gather(source: Source, tensors: dict[str, Tensor], model: PreTrainedModel | None = None) -> dict[str, Tensor]:
+    """Name in the model → tensor, of a source with a converter. tensors: by name in the checkpoint."""
+    assert source.converter is not None
+    converter = copy.deepcopy(source.converter)  # it collects what it is given
+    for pattern, names in source.stored.items():
+        for name in names:
+            converter.add_tensor(source.targets[0], name, pattern, tensors[name])
+    found = converter.convert(source.targets[0], model=model, config=getattr(model, "config", None))
+    return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
 
 def view_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel) -> CheckpointView:

@@ -16,12 +16,9 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
-    MixtralConfig,
     Phi3Config,
-    PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 from vllm_babai.format import SSQR, CheckpointConfig
@@ -147,27 +144,6 @@ def test_what_is_no_linear_of_a_block_is_kept(
     assert after.keys() == before.keys() - replaced | stored
     assert all(torch.equal(after[name], before[name]) for name in before.keys() - replaced)
     assert ("lm_head.weight" in after) == (family != "llama-tied")
-
-
-MOE_SIZES = {"num_local_experts": 4, "num_experts_per_tok": 2}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        MixtralConfig(**TEXT, **MOE_SIZES),
-        Qwen3MoeConfig(**TEXT, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
-    ],
-    ids=["mixtral", "qwen3-moe"],
-)
-def test_a_mixture_of_experts_is_refused(
-    config: PreTrainedConfig, tmp_path: Path, short_text: Path, save_random_model: Any
-) -> None:
-    source = save_random_model(config, tmp_path / "source")
-    message = r"model\.layers\.0\.mlp\.experts .* is a mixture of experts: not supported yet"
-    with pytest.raises(QuantizationError, match=message):
-        quantize(source, tmp_path / "out", options(short_text))
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_sharded_checkpoint_gives_the_same_tensors(tmp_path: Path, short_text: Path, save_random_model: Any) -> None:
