@@ -165,9 +165,9 @@ class _Run:
                 if group.expert is not None:
                     seen[name] = group.expert
         experts = [report_experts(each, seen) for each in stage.experts]
-        for each in experts:
-            if each.starved:
-                self.phase.note(str(each))
+        for report in experts:
+            if report.starved:
+                self.phase.note(str(report))
         self.folder.write(part, tensors, reports, experts)
         for each in stage.experts:
             check_stored(each, self.folder.read(part), FORMATS[self.options.format])

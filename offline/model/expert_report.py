@@ -62,7 +62,7 @@ def check_stored(experts: Experts, stored: Mapping[str, Tensor], form: type[Form
         for role, name in names.items():
             try:
                 parts = form.from_tensors({key: stored[f"{name}.{key}"] for key in form.dtypes})
-                weight = parts.decode(tuple(linears[name].weight.shape), name).dequantize()
+                weight = parts.decode((linears[name].out_features, linears[name].in_features), name).dequantize()
             except (FormatError, KeyError) as error:
                 raise QuantizationError(f"{name} was not stored as it was quantized ({error}): report this") from error
             expert.linears[role].weight = torch.nn.Parameter(weight.to(first), requires_grad=False)

@@ -7,7 +7,7 @@ expert's linears are views of those parameters: what is written to a linear is i
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,20 +37,23 @@ class Layout(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """What experts are called with. inputs: [tokens, hidden]. index, weights: [tokens, k], the experts that a token
+    """What experts are called with. inputs: [tokens, hidden]. chosen, weights: [tokens, k], the experts that a token
     goes to and what their outputs count.
     """
 
     inputs: Tensor
-    index: Tensor
+    chosen: Tensor
     weights: Tensor
 
 
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a module of experts; None for any other module."""
-    if not isinstance(getattr(module, "down_proj", None), nn.Parameter) or module.down_proj.dim() != 3:
+    down = getattr(module, "down_proj", None)
+    if not isinstance(down, nn.Parameter) or down.dim() != 3:
         return None
-    said = [getattr(module, name, None) for name in ("is_transposed", "has_gate", "is_concatenated", "has_bias")]
+    said: list[Any] = [
+        getattr(module, key, None) for key in ("is_transposed", "has_gate", "is_concatenated", "has_bias")
+    ]
     return Layout(*said) if all(isinstance(one, bool) for one in said) else None
 
 
@@ -67,17 +70,15 @@ def refuse_unknown_experts(module: nn.Module, prefix: str) -> None:
             raise QuantizationError(f"{_described(name, inner)}: its experts are held in a way that is not supported")
 
 
-class Expert(nn.Module):
+class Expert:
     """One expert of a module: `linears` by role (gate, up, down), views of the module's parameters."""
 
     def __init__(self, experts: nn.Module, number: int) -> None:
-        super().__init__()
         layout = layout_of(experts)
         assert layout is not None
-        self.experts = (experts,)  # in a tuple, so that it is no module of the expert
+        self.experts: Any = experts
         self.layout = layout
-        down = self._linear("down_proj", number)
-        self.linears = nn.ModuleDict({**self._first(number), "down": down})
+        self.linears = {**self._first(number), "down": self._linear("down_proj", number)}
 
     def inner(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] → what the down projection reads, [tokens, intermediate]."""
@@ -85,13 +86,12 @@ class Expert(nn.Module):
 
     def activate(self, *outputs: Tensor) -> Tensor:
         """The outputs of gate and up, or of up alone → what the down projection reads."""
-        (experts,) = self.experts
         if not self.layout.gated:
-            return experts.act_fn(*outputs)
+            return self.experts.act_fn(*outputs)
         joined = torch.cat(outputs, -1) if self.layout.concatenated else torch.stack(outputs, -1).flatten(-2)
-        return experts._apply_gate(joined)
+        return self.experts._apply_gate(joined)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] → [tokens, hidden], not yet weighted."""
         return self.linears["down"](self.inner(x))
 
@@ -104,14 +104,15 @@ class Expert(nn.Module):
         return {role: self._linear("gate_up_proj", number, cut) for role, cut in zip(ROLES, halves, strict=False)}
 
     def _linear(self, parameter: str, number: int, cut: Callable[[Tensor], Tensor] = lambda t: t) -> nn.Linear:
-        (experts,) = self.experts
-        packed = getattr(experts, parameter).data[number]
+        packed = getattr(self.experts, parameter).data[number]
         weight = cut(packed.T if self.layout.transposed else packed)
         linear = nn.Linear(1, 1, bias=self.layout.biased, device="meta")  # whose own parameters go at once
         linear.out_features, linear.in_features = weight.shape
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.layout.biased:
-            linear.bias = nn.Parameter(cut(getattr(experts, f"{parameter}_bias").data[number]), requires_grad=False)
+            linear.bias = nn.Parameter(
+                cut(getattr(self.experts, f"{parameter}_bias").data[number]), requires_grad=False
+            )
         return linear
 
 
@@ -137,14 +138,10 @@ class Experts:
     def linears(self) -> dict[str, nn.Linear]:
         """Full name → linear of all experts."""
         return {
-            name: linear
+            names[role]: linear
             for number, names in enumerate(self.names)
-            for linear, name in _paired(self.expert(number).linears, names)
+            for role, linear in self.expert(number).linears.items()
         }
-
-
-def _paired(linears: nn.ModuleDict, names: dict[str, str]) -> Iterator[tuple[Any, str]]:
-    return ((linears[role], name) for role, name in names.items())
 
 
 def count_experts(module: nn.Module) -> int:
@@ -162,7 +159,7 @@ def roles_of(module: nn.Module) -> tuple[str, ...]:
 def shape_of(module: nn.Module, role: str) -> tuple[int, int]:
     """[out, in] of the linears of that role."""
     linear = Expert(module, 0).linears[role]
-    return linear.out_features, linear.in_features  # type: ignore[return-value]
+    return linear.out_features, linear.in_features
 
 
 def routed(module: nn.Module, name: str, args: tuple, kwargs: dict[str, Any]) -> Routed:
@@ -171,7 +168,7 @@ def routed(module: nn.Module, name: str, args: tuple, kwargs: dict[str, Any]) ->
     if len(given) == 3 and all(isinstance(one, Tensor) and one.dim() == 2 for one in given):
         call = Routed(*given)
         floating = [one.is_floating_point() for one in call]
-        if call.index.shape == call.weights.shape == (len(call.inputs), call.index.shape[1]) and floating == [
+        if call.chosen.shape == call.weights.shape == (len(call.inputs), call.chosen.shape[1]) and floating == [
             True,
             False,
             True,

@@ -90,7 +90,7 @@ def expert_moments(run: Pass, original: Pass | None = None, *, token_weights: To
     pooled = _hessian(here.inputs, squares.sum(1), device)
     for number, names in enumerate(run.experts.names):
         expert = run.experts.expert(number)
-        token, slot = torch.where(here.index == number)
+        token, slot = torch.where(here.chosen == number)
         inputs = here.inputs[token]
         wanted = None if there is None else there[token]
         first = {name: expert.linears[role] for role, name in names.items() if role != "down"}

@@ -40,13 +40,13 @@ class ExpertGradients:
         """As the module's own."""
         call = routed(self.experts.module, self.experts.name, args, kwargs)
         if not self.squares:
-            self.squares = {key: torch.zeros(self.tokens.numel(), call.index.shape[1]) for key in ("first", "down")}
-            self.squares["index"] = torch.zeros(self.tokens.numel(), call.index.shape[1], dtype=torch.int32)
+            self.squares = {key: torch.zeros(self.tokens.numel(), call.chosen.shape[1]) for key in ("first", "down")}
+            self.squares["index"] = torch.zeros(self.tokens.numel(), call.chosen.shape[1], dtype=torch.int32)
         last = self.first_token + len(call.inputs)
-        self.squares["index"][self.first_token : last] = call.index.int().cpu()
+        self.squares["index"][self.first_token : last] = call.chosen.int().cpu()
         output = torch.zeros_like(call.inputs)
-        for number in call.index.unique().tolist():
-            token, slot = torch.where(call.index == number)
+        for number in call.chosen.unique().tolist():
+            token, slot = torch.where(call.chosen == number)
             place = (token.cpu() + self.first_token, slot.cpu())
             expert = self.experts.expert(number)
             found = self._run(expert, call.inputs[token], partial(self._note, number, place))
