@@ -146,7 +146,7 @@ def _encodable(text: str, source: str) -> str:
 
 
 def _hub_records(name: str) -> Iterator[dict]:
-    from datasets import load_dataset
+    from datasets import load_dataset  # from version 4 on, which is required, it runs no code of a dataset's own
 
     try:
         yield from islice(load_dataset(name, split="train", streaming=True), 1_000_000)

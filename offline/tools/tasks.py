@@ -7,7 +7,7 @@ import torch
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.calibration import load_tokenizer
-from vllm_babai.offline.model.checkpoint import open_checkpoint
+from vllm_babai.offline.model.checkpoint import TRUST_REMOTE_CODE, open_checkpoint
 from vllm_babai.offline.model.dense import load_dense
 
 
@@ -51,7 +51,12 @@ def run_tasks(
         raise QuantizationError(f"--tasks: lm-eval knows no {', '.join(unknown)}; `lm-eval ls tasks` lists its tasks")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(open_checkpoint(model).folder)
-    loaded = HFLM(pretrained=load_dense(model, device), tokenizer=tokenizer, batch_size=batch_size)
+    loaded = HFLM(
+        pretrained=load_dense(model, device),
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        trust_remote_code=TRUST_REMOTE_CODE,
+    )
     found = simple_evaluate(loaded, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False)
     return [score for task, measured in found["results"].items() for score in _scores(task, measured)]
 

@@ -106,14 +106,27 @@ def babai(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two blocks, hidden size 32, with the bundled model's tokenizer."""
-    folder = tmp_path_factory.mktemp("faults") / "source"
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.float32).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(BUNDLED / name, folder / name)
-    return folder
+def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Function that saves a Llama of two blocks of this width, once, with the bundled model's tokenizer."""
+    base = tmp_path_factory.mktemp("faults")
+
+    def make(width: int) -> Path:
+        folder = base / str(width) / "source"
+        if not folder.exists():
+            sizes = SIZES | {"hidden_size": width, "intermediate_size": width}
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32).save_pretrained(folder)
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                shutil.copyfile(BUNDLED / name, folder / name)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def source(make_source: Callable[[int], Path]) -> Path:
+    """The smallest: linears are 32 × 32 and less."""
+    return make_source(32)
 
 
 @pytest.fixture(scope="session")
@@ -125,10 +138,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_quantized(source: Path, text: Path) -> Callable[[str], Path]:
-    """Function that quantizes the tiny model to a format, once; its linears are 32 × 32 and less."""
+def make_quantized(make_source: Callable[[int], Path], text: Path) -> Callable[..., Path]:
+    """Function that quantizes the model of a width to a format, once."""
 
-    def make(form: str) -> Path:
+    def make(form: str, width: int = 32) -> Path:
+        source = make_source(width)
         folder = source.with_name(form)
         options = QuantizeOptions(
             format=form,  # type: ignore[arg-type]
@@ -144,12 +158,12 @@ def make_quantized(source: Path, text: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def ssqr(make_quantized: Callable[[str], Path]) -> Path:
+def ssqr(make_quantized: Callable[..., Path]) -> Path:
     """The tiny model in the dense + sparse format."""
     return make_quantized("ssqr")
 
 
 @pytest.fixture(scope="session", params=sorted(FORMATS))
-def quantized(request: pytest.FixtureRequest, make_quantized: Callable[[str], Path]) -> Path:
+def quantized(request: pytest.FixtureRequest, make_quantized: Callable[..., Path]) -> Path:
     """The tiny model in every format."""
     return make_quantized(request.param)
