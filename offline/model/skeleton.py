@@ -7,6 +7,7 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from vllm_babai.errors import QuantizationError
+from vllm_babai.format.config import without_refusal
 from vllm_babai.offline.model.checkpoint import TRUST_REMOTE_CODE, Checkpoint
 
 
@@ -21,7 +22,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
         raise QuantizationError(f"{path} describes no model that transformers knows: {_line(error)}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return config
+    return without_refusal(config)
 
 
 def model_positions(config: Any) -> int | None:

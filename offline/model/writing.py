@@ -15,7 +15,7 @@ from vllm_babai.errors import QuantizationError
 from vllm_babai.files import write_atomically
 from vllm_babai.format import FORMATS
 from vllm_babai.format.checksums import SUMS, as_text, digest_of, file_sums, kept_checksums
-from vllm_babai.format.config import QUANT_METHOD
+from vllm_babai.format.config import QUANT_METHOD, REFUSAL
 from vllm_babai.offline.model.checkpoint import INDEX, REPORT, Checkpoint
 from vllm_babai.offline.model.place import MADE, RUN
 
@@ -58,13 +58,14 @@ def seal(folder: Path, config: dict[str, Any], files: list[Path], companions: li
     """config.json of a quantized checkpoint and SHA256SUMS, the last of its files; returns the digest of all.
 
     config: its quantization_config gets the digest of the weight files and a checksum of each tensor that was left as
-    it was. files: of weights. companions: names of what else belongs to the checkpoint.
+    it was, and `attn_implementation` what keeps transformers from loading it without knowing our format. files: of
+    weights. companions: names of what else belongs to the checkpoint.
     """
     sums = file_sums(folder, files)
     quantization = config["quantization_config"]
     parts = FORMATS[quantization["format"]].dtypes
     checked = {"digest": digest_of(sums), "checksums": kept_checksums(files, parts)}
-    write_config(folder, config | {"quantization_config": quantization | checked})
+    write_config(folder, config | {"quantization_config": quantization | checked, "attn_implementation": REFUSAL})
     sums |= file_sums(folder, [folder / name for name in ("config.json", INDEX, *companions)])
     write_atomically(folder / SUMS, as_text(sums))
     return digest_of(sums)

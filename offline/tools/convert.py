@@ -67,6 +67,7 @@ def convert(
     if "quantization_config" not in config:
         raise QuantizationError(f"{source} is not quantized: it has no quantization_config")
     checkpoint = check_complete(checkpoint)
+    config.pop("attn_implementation", None)  # which keeps transformers from loading checkpoints of babai
     run = {"command": "convert", "options": {"to": to, "dtype": str(dtype)}, "model": str(checkpoint.folder)}
     if to == "dense":
         del config["quantization_config"]

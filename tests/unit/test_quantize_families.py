@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from vllm_babai.format import SSQR, CheckpointConfig
+from vllm_babai.format.config import REFUSAL
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
 from vllm_babai.offline.model import walk
 from vllm_babai.offline.model.calibration import calibration_tokens
@@ -167,6 +168,7 @@ def test_output_is_a_complete_checkpoint(tmp_path: Path, short_text: Path, save_
         assert (out / name).read_bytes() == (source / name).read_bytes()
     config = json.loads((out / "config.json").read_text())
     scheme = CheckpointConfig.from_dict(config.pop("quantization_config"))
+    assert config.pop("attn_implementation") == REFUSAL
     assert config == json.loads((source / "config.json").read_text())
     assert (scheme.format, scheme.bits, scheme.group_size, scheme.ignore) == ("ssqr", 3, 32, ["lm_head"])
 

@@ -26,6 +26,7 @@ FLOORS = (
     "vllm_babai.offline.options",
     "vllm_babai.offline.scales.",
     "vllm_babai.offline.model.",
+    "vllm_babai.transformers",
     "vllm_babai.offline.plan.",
     "vllm_babai.offline",
     "vllm_babai.offline.tools.",

@@ -12,6 +12,10 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1: SSQR with one CRC for a whole linear, no names of linears, no digests
 QUANT_METHOD = "babai"
 GROUP_SIZES = (-1, 32, 64, 128)
+# What config.json of a quantized checkpoint has as `attn_implementation`. transformers loads a checkpoint of an unknown
+# quantization with a warning and random weights; of all fields that vLLM leaves alone, this one makes it fail instead
+# (4.57 and 5.19), and shows the value.
+REFUSAL = "none: run `import vllm_babai.transformers` first, as this checkpoint is quantized by babai"
 RESIDENCIES = ("packed", "coded", "tiled")
 OF_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(\w+)")
 
@@ -137,6 +141,13 @@ class CheckpointConfig:
 def kind_of(linear: str, block: str) -> str:
     """Name of a linear in its block, the same in every block: `mlp.experts.#.up_proj`."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "#", linear.removeprefix(f"{block}."))
+
+
+def without_refusal(hf_config: Any) -> Any:
+    """transformers' configuration of a checkpoint without REFUSAL in it and in those inside it."""
+    if getattr(hf_config, "_attn_implementation", None) == REFUSAL:
+        hf_config._attn_implementation = None
+    return hf_config
 
 
 class Check(NamedTuple):

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_babai.format import FORMATS, CheckpointConfig, LayerScheme
-from vllm_babai.format.config import QUANT_METHOD
+from vllm_babai.format.config import QUANT_METHOD, without_refusal
 from vllm_babai.plugin.kept import KeptTensors
 from vllm_babai.plugin.linear import BabaiLinearMethod
 from vllm_babai.plugin.names import Found, LinearNames, renamed
@@ -83,6 +83,7 @@ class BabaiConfig(QuantizationConfig):
         An override of `quantization_config` would have to repeat all of it: vLLM replaces dictionaries, it does not
         merge them. Raises FormatError for an unknown residency.
         """
+        without_refusal(hf_config)  # some of vLLM's classes build a part of transformers' model
         residency = getattr(hf_config, "babai_residency", self.checkpoint.residency)
         self.checkpoint = replace(self.checkpoint, residency=residency)
         self.checkpoint.check_residency()

@@ -1,0 +1,138 @@
+"""Loading a quantized checkpoint in transformers: `import vllm_babai.transformers`, then `from_pretrained` as usual.
+
+The quantized linears become modules that hold their weights as vLLM does and multiply by the same ops. The import makes
+format and quantizer known to transformers, which finds no plugins by itself. Without it transformers would only warn,
+and start from random weights: so `attn_implementation` in config.json has a value that it refuses, see `format.config`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from vllm_babai.format import FORMATS, CheckpointConfig, FormatError
+from vllm_babai.format.config import QUANT_METHOD, without_refusal
+from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
+from vllm_babai.offline.model.complete import check_complete
+from vllm_babai.offline.model.view import view_checkpoint
+from vllm_babai.plugin.readers import READERS
+from vllm_babai.plugin.readers.reader import StoredLinear, Window, check_dtypes
+from vllm_babai.plugin.residency import RESIDENCIES
+
+
+class BabaiLinear(nn.Module):
+    """A linear whose weight is stored quantized: x [..., in] → x Wᵀ + bias, [..., out]. It cannot be trained.
+
+    stored: its name in the checkpoint.
+    """
+
+    def __init__(self, linear: nn.Linear, stored: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.stored = linear.in_features, linear.out_features, stored
+        self.bias = linear.bias
+        self.input_scales: Tensor | None = None
+
+    def fill(self, tensors: dict[str, Tensor], config: CheckpointConfig, device: torch.device) -> None:
+        """Take the weight as the checkpoint stores it. Raises FormatError where that is damaged."""
+        reader = READERS[config.format, config.residency](config.scheme(self.stored))
+        shape = (self.out_features, self.in_features)
+        check_dtypes(tensors, reader.form.dtypes)
+        whole = Window(slice(0, shape[0]), slice(0, shape[1]))
+        weight = reader.stack(reader.read(StoredLinear(tensors, shape, [whole], self.stored)))
+        self.residency = RESIDENCIES[reader.residency]
+        placed = self.residency.place(weight, self.in_features, device)
+        self.constants = placed.constants
+        for name, tensor in placed.tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+        if weight.input_scales is not None:
+            self.input_scales = weight.input_scales.to(device, torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        if self.input_scales is not None:
+            x = (x * self.input_scales).to(x.dtype)
+        y = self.residency.multiply(x, [getattr(self, name) for name in self.residency.names], self.constants)
+        return y if self.bias is None else y + self.bias
+
+
+@register_quantization_config(QUANT_METHOD)
+class BabaiQuantizationConfig(QuantizationConfigMixin):
+    """The quantization_config of a checkpoint. Raises FormatError that names a field at fault."""
+
+    def __init__(self, **fields: Any) -> None:
+        fields = {"quant_method": QUANT_METHOD, **fields}
+        self.quant_method, self.fields = QUANT_METHOD, fields
+        self.checkpoint = CheckpointConfig.from_dict(fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in config.json."""
+        return dict(self.fields)
+
+
+@register_quantizer(QUANT_METHOD)
+class BabaiQuantizer(HfQuantizer):
+    """Puts `BabaiLinear`s in the place of quantized linears, and fills them once the other weights are loaded."""
+
+    requires_calibration = True
+    quantization_config: BabaiQuantizationConfig
+    checkpoint: Checkpoint
+
+    def is_serializable(self) -> bool:
+        """No: the modules hold what their device takes, not what a checkpoint stores."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """No."""
+        return False
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Let transformers choose, where config.json has only what refuses others."""
+        return without_refusal(config)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise FormatError("babai checkpoints are loaded from a folder or the hub, not from a state_dict")
+        self.checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+        first, *_ = keys = tuple(FORMATS[self.quantization_config.checkpoint.format].dtypes)
+        linears = [name.removesuffix(f".{first}") for name in self.checkpoint.files if name.endswith(f".{first}")]
+        view = view_checkpoint(
+            Checkpoint(self.checkpoint.folder, {f"{name}.weight": Path() for name in linears}), model
+        )
+        names = {view.stored_name(name): name.removesuffix(".weight") for name in view.sources}
+        for stored in linears:
+            name = names.get(f"{stored}.weight")
+            if name is None:
+                raise FormatError(
+                    f"{stored}: transformers has no linear of its own for it, which babai needs here; make the"
+                    " checkpoint dense with: babai convert OUT NEW --to dense"
+                )
+            model.set_submodule(name, BabaiLinear(model.get_submodule(name), stored))
+        expected = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = expected | {rf"\.({'|'.join(keys)})$"}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        config = self.quantization_config.checkpoint
+        check_complete(self.checkpoint)
+        for name, module in model.named_modules():
+            if isinstance(module, BabaiLinear):
+                keys = FORMATS[config.format].dtypes
+                tensors = {key: self.checkpoint.read(f"{module.stored}.{key}") for key in keys}
+                try:
+                    module.fill(tensors, config, _device(model, name))
+                except FormatError as error:
+                    raise FormatError(f"{module.stored}: {error}") from error
+        return model
+
+
+def _device(model: PreTrainedModel, name: str) -> torch.device:
+    """Where the module called `name` belongs: by the device map, or where the model is."""
+    placed = getattr(model, "hf_device_map", None) or {}
+    fits = [prefix for prefix in placed if not prefix or f"{name}.".startswith(f"{prefix}.")]
+    return torch.device(placed[max(fits, key=len)]) if fits else model.device
