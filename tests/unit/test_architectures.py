@@ -53,7 +53,7 @@ def test_quantized_and_back(source: Path, tmp_path: Path, short_text: Path) -> N
             assert torch.equal(after[name], points[linear])
         else:
             assert tensor.dtype == packed[name].dtype
-            assert torch.equal(tensor.view(torch.uint8), packed[name].view(torch.uint8)), name
+            assert torch.equal(tensor.reshape(-1).view(torch.uint8), packed[name].reshape(-1).view(torch.uint8)), name
             assert torch.equal(tensor, after[name]), name
     assert all(layer["relative_error"] < 0.1 for layer in layers)
 
