@@ -15,6 +15,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vllm_babai.format import FORMATS, CheckpointConfig, FormatError
+from vllm_babai.format.checksums import check_kept
 from vllm_babai.format.config import QUANT_METHOD, without_refusal
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
 from vllm_babai.offline.model.complete import check_complete
@@ -120,6 +121,7 @@ class BabaiQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config.checkpoint
         check_complete(self.checkpoint)
+        check_kept(sorted(set(self.checkpoint.files.values())), config.checksums or {})
         for name, module in model.named_modules():
             if isinstance(module, BabaiLinear):
                 keys = FORMATS[config.format].dtypes
