@@ -96,12 +96,13 @@ class BabaiQuantizer(HfQuantizer):
         return without_refusal(config)
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **options: Any
     ) -> None:
         if not checkpoint_files:
             raise FormatError("babai checkpoints are loaded from a folder or the hub, not from a state_dict")
         self.checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
-        first, *_ = keys = tuple(FORMATS[self.quantization_config.checkpoint.format].dtypes)
+        keys = tuple(FORMATS[self.quantization_config.checkpoint.format].dtypes)
+        first = keys[0]
         linears = [name.removesuffix(f".{first}") for name in self.checkpoint.files if name.endswith(f".{first}")]
         view = view_checkpoint(
             Checkpoint(self.checkpoint.folder, {f"{name}.weight": Path() for name in linears}), model
