@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_babai.format import BIT_WIDTHS
-from vllm_babai.offline.scales.tiles import TileCosts, tile_costs
+from vllm_babai.offline.scales.tiles import TileCosts, row_energies, tile_costs
 from vllm_babai.offline.solver.expected import carried_variance
 from vllm_babai.offline.solver.lattice import Lattice
 from vllm_babai.offline.solver.solve import paths_gain
@@ -131,7 +131,7 @@ def forecast(name: str, weight: Tensor, lattice: Lattice, seed: int, by_columns:
     importance = (factor.pivots[position] / factor.pivots.mean() * row_pivots[row] * rows[row]).float()
     inner, importance = targets / 2.0**octaves + noise, importance / importance.mean()
     overflow = {bits: OverflowTable.measure(inner, importance, bits) for bits in BIT_WIDTHS}
-    tiles, spread = tile_costs(rows, lattice), float(mean.sqrt())
+    tiles, spread = tile_costs(row_energies(weight.T[factor.order], lattice, seed)), float(mean.sqrt())
     return Forecast(name, len(rows), len(columns), pivot, spread, rates.tolist(), row_pivot, overflow, tiles)
 
 

@@ -10,7 +10,7 @@ import runpy
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -58,7 +58,9 @@ CASES = [
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; loss, divergence and their standard errors in nats per token."""
+    """One measurement; loss, divergence and their standard errors in nats per token. predicted: loss, by the reports of
+    the linears. cpu_seconds: of all threads, quantizing; neither was noted at first.
+    """
 
     format: str
     name: str
@@ -70,6 +72,8 @@ class Row:
     divergence: float
     divergence_error: float
     seconds: float
+    cpu_seconds: float | None = None
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,30 +92,44 @@ def measure(case: Case, size: float, material: Material) -> Row:
     """Quantize and evaluate one case at one size."""
     from vllm_babai.offline.tools.evaluate import evaluate  # takes seconds; --help needs none
 
-    common = offline.QuantizeOptions(
-        format=case.format,  # type: ignore[arg-type]
-        calibration=str(material.calibration),
-        samples=material.samples,
-        sequence_length=material.length,
-    )
     if case.format == "hptq":
         asked: dict[str, Any] = {"rate": size}
     else:
         asked = {"bits": int(size)} if case.sizes == WIDTHS else {"target_bits": size}
+    options = offline.QuantizeOptions(
+        format=case.format,  # type: ignore[arg-type]
+        calibration=str(material.calibration),
+        samples=material.samples,
+        sequence_length=material.length,
+        **case.options,
+        **asked,
+    )
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for name, value in case.constants.items():
             stack.enter_context(patch(name, value))
-        started = time.perf_counter()
-        out = offline.quantize(material.model, Path(folder) / "out", replace(common, **case.options, **asked))
-        seconds = time.perf_counter() - started
-        bits = json.loads((out / REPORT).read_text())["bits_per_weight"]
+        started, cpu_started = time.perf_counter(), time.process_time()
+        out = offline.quantize(material.model, Path(folder) / "out", options)
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        report = json.loads((out / REPORT).read_text())
+        bits = report["bits_per_weight"]
         found = evaluate(
             out, material.evaluation, window=material.length, samples=material.windows, against=material.model
         )
     c = found.comparison
     assert c is not None
     errors = (c.loss, c.loss_error, c.divergence, c.divergence_error)
-    return Row(case.format, case.name, size, bits, found.perplexity, *errors, round(seconds, 1))
+    predicted = sum(layer["predicted_error"] for layer in report["layers"]) / 2
+    return Row(
+        case.format,
+        case.name,
+        size,
+        bits,
+        found.perplexity,
+        *errors,
+        seconds=round(seconds, 1),
+        cpu_seconds=round(cpu_seconds, 1),
+        predicted=predicted,
+    )
 
 
 def write_table(rows: list[Row], path: Path) -> None:

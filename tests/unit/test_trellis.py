@@ -9,7 +9,7 @@ import torch
 from vllm_babai.format import Trellis
 from vllm_babai.format.trellis.blob import stored_bits
 from vllm_babai.format.trellis.code import MOST_BITS, MULTIPLIERS, root_mean_square, values_of
-from vllm_babai.offline.scales.tiles import allocate, tile_costs
+from vllm_babai.offline.scales.tiles import allocate, row_energies, tile_costs
 from vllm_babai.offline.scales.trellis import search_trellis
 from vllm_babai.offline.solver.expected import error
 from vllm_babai.offline.solver.factor import factorize
@@ -72,7 +72,7 @@ def test_rates_are_met_and_go_where_errors_count(rate: float) -> None:
     linears = []
     for seed, scale in ((0, 1.0), (1, 0.1), (2, 3.0)):
         weight, lattice = problem(200, 192, 1, seed)
-        linears.append(tile_costs((scale * weight).square().mean(0), lattice))
+        linears.append(tile_costs(row_energies(scale * weight, lattice, 0)))
     rates = allocate(linears, rate)
     weights = sum(200 * 192 for _ in linears)
     bits = sum(stored_bits(own, linear.shape) for own, linear in zip(rates, linears, strict=True))
@@ -81,7 +81,30 @@ def test_rates_are_met_and_go_where_errors_count(rate: float) -> None:
     assert max(own.max() for own in rates) <= MOST_BITS
 
 
-def test_the_error_is_as_expected() -> None:
+@pytest.mark.parametrize("rate", [1.5, 3.0])
+@pytest.mark.parametrize("uneven", [0.0, 0.5])
+def test_the_error_is_as_expected(rate: float, uneven: float) -> None:
+    """Also where inputs, and so pivots, are uneven. uneven: standard deviation of the logarithms of their scales."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1024, 256, generator=generator) @ torch.randn(256, 256, generator=generator)
+    x = torch.randn(1024, 256, generator=generator) * 20 + x  # correlated, but not so much that pivots tell little
+    x *= (uneven * torch.randn(256, generator=generator)).exp()
+    lattice = Lattice(factorize((x.T @ x / len(x)).double(), "reverse", 0.01), None, 64)
+    weight = torch.randn(256, 64, generator=generator)
+    solution = search_trellis(weight, lattice, rate, 0)
+    assert error(solution.residual, lattice) == pytest.approx(solution.predicted, rel=0.1)
+
+
+def test_coupled_rows_and_columns_err_as_expected() -> None:
     weight, lattice = problem(256, 256, 64)
     solution = search_trellis(weight, lattice, 3.0, 0)
-    assert error(solution.residual, lattice) == pytest.approx(solution.predicted, rel=0.15)
+    assert error(solution.residual, lattice) == pytest.approx(solution.predicted, rel=0.1)
+
+
+def test_rows_and_columns_of_zeros_stay_zero() -> None:
+    weight, lattice = problem(40, 96, 8)
+    weight[:, 3], weight[5] = 0, 0
+    dense = search_trellis(weight, lattice, 2.5, 0).weight.dequantize()
+    assert not dense[3].any()
+    assert dense.isfinite().all()
+    assert not search_trellis(torch.zeros_like(weight), lattice, 2.5, 0).weight.dequantize().any()
