@@ -1,8 +1,8 @@
 """The three forms at the same sizes: `python tests/benchmarks/forms.py [--out FOLDER] [options]`.
 
-Quantizes a model to each form with all defaults, evaluates it against the original, and writes `forms.json` and
-`forms.md` to the folder. What is in `forms.json` already is not measured again. Without other options: the
-demonstration's model and texts.
+Quantizes a model to each form with all defaults and evaluates it against the original. The figures go to the folder, as
+JSON and as a table; what is there already is not measured again. Without other options: the demonstration's model and
+texts.
 """
 
 import json
