@@ -106,7 +106,8 @@ def quantized(
 
 
 def push(hub: Hub, *arguments: str | Path, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    settings = {"HF_ENDPOINT": hub.address, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    online = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    settings = online | {"HF_ENDPOINT": hub.address, "HF_TOKEN": token}
     command = [BABAI, "push", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | settings)
 
