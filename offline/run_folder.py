@@ -20,11 +20,12 @@ from vllm_babai.format import CheckpointConfig
 from vllm_babai.offline.card import describe_base, write_card
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint
 from vllm_babai.offline.model.expert_report import ExpertsReport
-from vllm_babai.offline.model.place import Place, check_room, claim
+from vllm_babai.offline.model.place import Place, check_room, claim, partial_of
 from vllm_babai.offline.model.walk import Part, part_file
 from vllm_babai.offline.model.writing import copy_companions, save_atomically, seal, write_index
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.plan.plan import PlannedLinear
+from vllm_babai.offline.plan.sensitivity import ROW_BLOCK
 from vllm_babai.offline.prepare import Prepared
 from vllm_babai.offline.scales.linear import LayerReport
 
@@ -133,7 +134,9 @@ def open_run(
     """
     checkpoint = prepared.model.checkpoint
     run = {"command": "quantize", "options": options.to_dict(), "model": _fingerprint(checkpoint)}
-    check_room(out.resolve().parent, _expected_bytes(prepared, options), "the checkpoint")
+    needed = _expected_bytes(prepared, options) + _sensitivity_bytes(prepared, options)
+    written = sum(path.stat().st_size for path in partial_of(out.resolve()).rglob("*") if path.is_file())
+    check_room(out.resolve().parent, needed - written * resume, "the checkpoint, with what the run keeps meanwhile,")
     with claim(out, checkpoint.folder, run, resume=resume, overwrite=overwrite) as place:
         yield RunFolder(place, checkpoint, prepared.parts, options)
 
@@ -146,6 +149,15 @@ def _expected_bytes(prepared: Prepared, options: QuantizeOptions) -> int:
         linears = model.linears(part.name)
         weights += sum(linears[name].weight.numel() for name in part.linears)
     return model.checkpoint.bytes() - int(saved / 8 * weights)
+
+
+def _sensitivity_bytes(prepared: Prepared, options: QuantizeOptions) -> int:
+    """Bytes that the sensitivity takes until the run has ended, about: see `Sensitivity`."""
+    if not options.sensitivity:
+        return 0
+    linears = [prepared.model.linears(part.name)[name] for part in prepared.blocks for name in part.linears]
+    tokens = prepared.inputs.hidden.shape[:2].numel()
+    return sum(4 * (linear.out_features * ROW_BLOCK + tokens) for linear in linears)
 
 
 def _totals(layers: list[dict[str, Any]], files: list[Path]) -> dict[str, Any]:

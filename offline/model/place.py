@@ -109,7 +109,7 @@ def check_place(out: Path, source: str | Path, *, resume: bool = False, overwrit
                 f"{out} is not a checkpoint that babai made, and --overwrite replaces nothing else: "
                 "choose another folder, or remove it yourself"
             )
-    partial, replaced = _partial(out), _replaced(out)
+    partial, replaced = partial_of(out), _replaced(out)
     if partial.is_symlink() or (partial.exists() and not _is_run(partial)):
         raise QuantizationError(f"{partial} is in the way, and no run of babai made it: move it away")
     if replaced.exists() and not any(_read_run(folder).get(COMPLETE) for folder in (partial, out)):
@@ -127,7 +127,7 @@ def claim(
     and when an interrupted run is there that is not to be continued, was another, or is still running.
     """
     out = check_place(out, source, resume=resume, overwrite=overwrite)
-    place = Place(out, _partial(out), _replaced(out), run)
+    place = Place(out, partial_of(out), _replaced(out), run)
     earlier = _read_run(place.folder)
     goes_on = resume and bool(earlier)
     if goes_on:
@@ -221,7 +221,8 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _partial(out: Path) -> Path:
+def partial_of(out: Path) -> Path:
+    """Where the files are while a command makes OUT."""
     return out.with_name(out.name + ".partial")
 
 

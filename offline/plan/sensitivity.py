@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -28,6 +28,7 @@ from vllm_babai.offline.model.call import Call, newly_left, run_block
 from vllm_babai.offline.model.capture import advance, batches
 from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.model.walk import Inputs
+from vllm_babai.offline.model.writing import save_atomically
 from vllm_babai.offline.plan.expert_sensitivity import (
     ExpertGradients,
     expert_row_geometry,
@@ -114,13 +115,13 @@ def measure_sensitivity(
             advance(model.load_block(index), hidden, inputs.calls[index].of(left), model.device)
             tick()
         gradient, variances = _head_gradient(model, inputs.tokens, hidden, seed)
-        save_file({"rows": variances}, folder / HEAD)
+        save_atomically(folder / HEAD, {"rows": variances})
         tick()
         left_gradients: LeftGradients = {}
         for index in reversed(range(len(model.blocks))):
             hidden = waiting.take(index)
             found = _block_backward(model, index, hidden, gradient, calls[index], left_gradients)
-            save_file(found, _file(folder, index))
+            save_atomically(_file(folder, index), found)
             tick()
     return Sensitivity(folder, model.blocks_name)
 

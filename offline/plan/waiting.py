@@ -5,10 +5,11 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
+from vllm_babai.offline.model.writing import save_atomically
 
 # Share of the free memory that waiting inputs may take. A choice: the rest is for one block, its gradients and batches.
 SHARE_OF_MEMORY = 0.5
@@ -54,7 +55,7 @@ class WaitingInputs:
         if self.folder is None:
             self._kept[index] = hidden.clone()
         else:
-            save_file({"hidden": hidden}, self._file(self.folder, index))
+            save_atomically(self._file(self.folder, index), {"hidden": hidden})
 
     def take(self, index: int) -> Tensor:
         """The inputs of a block, which are then no longer kept."""

@@ -1,6 +1,7 @@
 """Quantized checkpoints in another form: the other format, dense, or the layout of other engines."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -24,7 +25,7 @@ from vllm_babai.format import (
     share_beyond,
 )
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint, read_json
-from vllm_babai.offline.model.complete import check_complete
+from vllm_babai.offline.model.complete import CompleteCheckpoint, check_complete
 from vllm_babai.offline.model.dense import count_stored, dense_tensors, stored_linears
 from vllm_babai.offline.model.place import MADE, check_place, check_room, claim
 from vllm_babai.offline.model.served import fused_with
@@ -82,7 +83,8 @@ def convert(
         scheme = _target_config(checkpoint, CheckpointConfig.from_dict(config["quantization_config"]), to)
         config["quantization_config"] = scheme.to_dict()
         convert_file = partial(_reencoded, checkpoint, scheme)
-    check_room(out.parent, checkpoint.bytes(), "the converted checkpoint")
+    needed = _dense_bytes(checkpoint, dtype) if to == "dense" else checkpoint.bytes()
+    check_room(out.parent, needed, "the converted checkpoint")
     with claim(out, checkpoint.folder, run, overwrite=overwrite) as place:
         _write(checkpoint, place.partial, config, convert_file)
         if to in ("dense", export.NAME):
@@ -117,6 +119,11 @@ def _dense(checkpoint: Checkpoint, dtype: torch.dtype, names: list[str], tick: T
         if name not in checkpoint.files:  # it was stored in another form
             tick()
     return tensors
+
+
+def _dense_bytes(checkpoint: CompleteCheckpoint, dtype: torch.dtype) -> int:
+    kept = (math.prod(checkpoint.shape(name)) for name in checkpoint.files if checkpoint.is_kept(name))
+    return dtype.itemsize * (sum(kept) + sum(math.prod(shape) for shape in checkpoint.linears.values()))
 
 
 def _reencoded(checkpoint: Checkpoint, config: CheckpointConfig, names: list[str], tick: Tick) -> dict[str, Tensor]:

@@ -40,6 +40,8 @@ MISTAKES: list[tuple[str, str]] = [
     ("convert QUANTIZED OUT --to dense --clip", "--clip"),
     ("push MODEL org/name", "is not quantized"),
     ("eval QUANTIZED --card", "--data"),
+    ("convert QUANTIZED /proc/out --to dense", "/proc"),  # where nothing can be written
+    ("quantize MODEL /proc/out --calibration TEXT --samples 2 --sequence-length 32", "/proc"),
     ("quantize MODEL OUT --bits 6", "--bits"),
     ("quantize MODEL OUT --size 3XB", "--size"),
     ("quantize MODEL OUT --size 1KB", "--size 1KB"),

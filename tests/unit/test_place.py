@@ -242,6 +242,40 @@ def test_a_full_disk_is_named_before_the_run(tmp_path: Path) -> None:
         check_room(tmp_path / "deep" / "out", 2 * free + 10**9, "the checkpoint")
 
 
+def disk_of(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """Let every disk have so many bytes free."""
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+
+
+def test_room_for_dense_weights_is_their_size(quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = convert(quantized, tmp_path / "dense", "dense", torch.float32)
+    size = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
+    disk_of(monkeypatch, int(0.9 * size))
+    with pytest.raises(QuantizationError, match="the converted checkpoint needs about"):
+        convert(quantized, tmp_path / "again", "dense", torch.float32)
+    convert(quantized, tmp_path / "half", "dense", torch.bfloat16)
+
+
+def test_room_for_a_run_counts_its_sensitivity_and_what_is_there_already(
+    source: Path, options: QuantizeOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, peak = tmp_path / "out", 0
+
+    def killed(*_: Any) -> None:
+        nonlocal peak
+        peak = sum(path.stat().st_size for path in (tmp_path / "out.partial").rglob("*") if path.is_file())
+        raise _Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr("vllm_babai.offline.run_folder.seal", killed)
+        quantize(source, out, options)
+    disk_of(monkeypatch, int(0.7 * peak))
+    with pytest.raises(QuantizationError, match="the checkpoint, with what the run keeps meanwhile, needs about"):
+        quantize(source, tmp_path / "other", options)
+    quantize(source, out, options, resume=True)
+
+
 def test_a_name_that_is_too_long_is_refused_in_one_line(options: QuantizeOptions, source: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match=r"cannot be made: File name too long; choose another folder"):
         quantize(source, tmp_path / ("x" * 250), options)
