@@ -26,17 +26,19 @@ from vllm_babai.offline.model.view import CheckpointView, Source, view_checkpoin
 class CompleteCheckpoint(Checkpoint):
     """A checkpoint that holds what its model needs.
 
-    scheme: its quantization_config, None where it is dense. linears: full name of a quantized linear → [out, in].
+    source: the same, as it reads its tensors: from FP8, say. scheme: its quantization_config, None where it is dense.
+    linears: full name of a quantized linear → [out, in].
     gathered: what the model has as few tensors and the checkpoint expert by expert, each with the names of its weights.
     """
 
+    source: Checkpoint
     scheme: CheckpointConfig | None
     linears: dict[str, tuple[int, int]]
     gathered: list[Source] = field(default_factory=list)
 
     def read(self, name: str) -> Tensor:
         """The tensor called `name`. Raises QuantizationError also where it is kept, and not as config.json says."""
-        tensor = super().read(name)
+        tensor = self.source.read(name)
         if self.scheme is not None and self.scheme.checksums is not None and self.is_kept(name):
             try:
                 compare(name, tensor_checksum(tensor), self.scheme.checksums.get(name))
@@ -76,7 +78,7 @@ def check_complete(checkpoint: Checkpoint) -> CompleteCheckpoint:
     _check_blocks(checkpoint, model, view, wanted)
     _check_shapes(checkpoint, view, wanted)
     gathered = {id(s): s for s in view.sources.values() if isinstance(s.converter, PackExperts)}
-    return CompleteCheckpoint(checkpoint.folder, checkpoint.files, scheme, linears, list(gathered.values()))
+    return CompleteCheckpoint(checkpoint.folder, checkpoint.files, checkpoint, scheme, linears, list(gathered.values()))
 
 
 def read_scheme(checkpoint: Checkpoint) -> CheckpointConfig | None:
