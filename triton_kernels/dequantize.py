@@ -136,5 +136,9 @@ def multiply_dequantized(x: Tensor, layout: DeviceLayout, geometry: Geometry, ba
     """
     compute = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
     inputs = x.to(compute)
-    parts = [torch.mm(inputs, part.t()) for part in dequantized_parts(layout, geometry, compute, backend)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
+    y = inputs.new_empty(x.shape[0], geometry.out_features)
+    first = 0
+    for part in dequantized_parts(layout, geometry, compute, backend):
+        torch.mm(inputs, part.t(), out=y[:, first : first + len(part)])
+        first += len(part)
+    return y.to(x.dtype)

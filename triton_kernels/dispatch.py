@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from vllm_babai.ops.layout import DeviceLayout, check_shapes
-from vllm_babai.triton_kernels.configs import BUCKETS, Target, bucket, table_for
+from vllm_babai.triton_kernels.configs import BUCKETS, Target, bucket, config_for, table_for
 from vllm_babai.triton_kernels.dequantize import multiply_dequantized
 from vllm_babai.triton_kernels.fused import multiply_fused
-from vllm_babai.triton_kernels.layout import MAX_M_TILES, PAIRS, TILE_ROWS, Geometry
+from vllm_babai.triton_kernels.layout import MAX_M_TILES, Geometry, geometry_of
 
 ALIGNMENT = 16  # bytes; Triton compiles a kernel again for a pointer that is less aligned
 
@@ -22,7 +22,7 @@ def matmul(
     Raises ValueError when the layout is of other sizes than the arguments say.
     """
     layout = DeviceLayout(dense, scales, entries, offsets)
-    geometry = Geometry(bits, x.shape[-1], out_features)
+    geometry = geometry_of(bits, x.shape[-1], out_features)
     _check_sizes(layout, geometry)
     tokens = x.reshape(-1, geometry.in_features).contiguous()
     if tokens.data_ptr() % ALIGNMENT:
@@ -31,12 +31,15 @@ def matmul(
 
 
 def _check_sizes(layout: DeviceLayout, geometry: Geometry) -> None:
+    dense, scales, offsets = geometry.shapes
+    if (layout.dense.shape, layout.scales.shape[1:], layout.offsets.shape) == (dense, scales, offsets):
+        return
     check_shapes(
         layout,
         f"{geometry.out_features} × {geometry.in_features} with {geometry.bits} bits",
-        dense=(geometry.padded_rows // TILE_ROWS, geometry.column_blocks, geometry.words, TILE_ROWS, PAIRS),
-        scales=(len(layout.scales), geometry.padded_rows),
-        offsets=(geometry.starts + geometry.panels * geometry.padded_rows + 1,),
+        dense=dense,
+        scales=(layout.scales.shape[0], *scales),
+        offsets=offsets,
     )
 
 
@@ -45,12 +48,12 @@ def _multiply(x: Tensor, layout: DeviceLayout, geometry: Geometry) -> Tensor:
     if m == 0:
         return x.new_empty(0, geometry.out_features)
     target = Target.of(x.device)
-    table = table_for(target)
-    if m >= table.dequantize_from or m > MAX_M_TILES * BUCKETS[-1] or x.dtype == torch.float32:
+    if m >= table_for(target).dequantize_from or m > MAX_M_TILES * BUCKETS[-1] or x.dtype == torch.float32:
         return multiply_dequantized(x, layout, geometry, target.backend)
     tokens = bucket(m)
-    config = table.lookup(geometry.bits, tokens, geometry.out_features, geometry.in_features)
-    return multiply_fused(x, layout, geometry, config.for_groups(len(layout.scales)), tokens, target)
+    shape = (geometry.out_features, geometry.in_features)
+    config = config_for(target, geometry.bits, tokens, shape, layout.scales.shape[0])
+    return multiply_fused(x, layout, geometry, config, tokens, target)
 
 
 def warm_up(layout: DeviceLayout, bits: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:

@@ -1,13 +1,14 @@
 """y = x Wᵀ for few tokens, straight from the packed weights: dense and overflow part at once.
 
-A program is one share of an output tile [rows, tokens]: either a run of column blocks of the dense part, or one panel
-of the overflow. Every share is written to a buffer of partial sums, and the program that arrives last at a tile's
-counter adds them up in a fixed order: no output to clear, no float atomics, the same result every time. For several
-tokens a small launch goes before, that transposes x for the overflow part.
+A program is one split of an output tile [rows, tokens]: a run of column blocks of the dense part, and the panels of the
+overflow that begin there. Where a tile has several, each writes its sums to a buffer of partial sums, and the program
+that arrives last at the tile's counter adds them up in a fixed order: no output to clear, no float atomics, the same
+result every time. For several tokens a small launch goes before, that transposes x for the overflow part.
 Weights are the wide operand of the matrix product and tokens the narrow one, so that one token wastes little.
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ SUM_ELEMENTS = 4096  # partial sums that are loaded at a time, at most
 class Operands(NamedTuple):
     """Pointers of one call. x: [m, k]. xt: x transposed, [k, token tiles · overflow_tokens]; x again where unused.
 
-    partials: fp32 [token tiles, row blocks, shares, tokens, rows]. y: [m, n].
+    partials: fp32 [row blocks, token tiles, splits, tokens, rows]; empty for one split. y: [m, n].
     """
 
     x: Tensor
@@ -46,7 +47,7 @@ class Tiling(NamedTuple):
     bits: of a weight in the dense part. block_columns, words: of a column block. flush: slots from one change of scale
     to the next, 0 if a row has one scale. even_k: the column blocks have no padding. rows, tokens: of an output tile.
     one_tile: of tokens, for every m of this bucket. stored_tokens: tokens of a tile that may exist, the bucket.
-    shares_step: partial sums of an element that are loaded at a time. overflow_tokens, overflow_step, overflow_stages:
+    sum_step: partial sums of an element that are loaded at a time. overflow_tokens, overflow_step, overflow_stages:
     tokens, entries of a row at a time, and depth of the pipeline, of the overflow part. dependent: may start before the
     transposition of x has ended. stages: depth of the dense part's pipeline. backend: of `Target`.
     """
@@ -60,7 +61,7 @@ class Tiling(NamedTuple):
     tokens: int
     one_tile: bool
     stored_tokens: int
-    shares_step: int
+    sum_step: int
     overflow_tokens: int
     overflow_step: int
     overflow_stages: int
@@ -71,74 +72,100 @@ class Tiling(NamedTuple):
 
 @triton.jit(do_not_specialize=["m", "splits", "panels"])
 def fused_kernel(layer, operands, sizes, m, splits, panels, TILING: tl.constexpr):
-    """One share of one output tile; the last to arrive at the tile adds the shares up and writes y.
+    """One split of one output tile; the last to arrive at the tile adds the splits up and writes y.
 
-    layer: `Layer`. operands: `Operands`. sizes: `Sizes`. m: tokens. splits: shares of the dense part. panels: of the
-    overflow, 0 if there is none. TILING: `Tiling`. Grid: [token tiles · row blocks · (panels + splits)].
+    layer: `Layer`. operands: `Operands`. sizes: `Sizes`. m: tokens. splits: of a tile. panels: of the overflow, 0 if
+    there is none. TILING: `Tiling`. Grid: [row blocks · token tiles · splits].
     """
     ROWS: tl.constexpr = TILING.rows
     TOKENS: tl.constexpr = TILING.tokens
-    row_blocks = sizes.padded_rows // ROWS
-    shares = panels + splits
-    tile = tl.program_id(0) // shares  # all shares of a tile are neighbours, so that overflow and dense part overlap
-    share = tl.program_id(0) % shares
+    slot = tl.program_id(0)
+    tile = slot // splits
+    split = slot % splits
     if TILING.one_tile:
         row_block, first_token = tile, 0
     else:
-        row_block, first_token = tile % row_blocks, tile // row_blocks * TOKENS
+        token_tiles = tl.cdiv(m, TOKENS)  # those of the same rows are neighbours, and read the weights from the cache
+        row_block, first_token = tile // token_tiles, tile % token_tiles * TOKENS
     rows = row_block * ROWS + tl.arange(0, ROWS)
-    slot, present = tile * shares + share, m - first_token
-    if share >= panels:
-        column_blocks = tl.cdiv(sizes.k, TILING.block_columns)
-        per_split = tl.cdiv(column_blocks, splits)
-        first_block = (share - panels) * per_split
-        blocks = (first_block, tl.minimum(first_block + per_split, column_blocks))
-        dense = _dense_sum(layer, operands.x, sizes, m, first_token, rows, blocks, TILING)
-        _store_partial(operands.partials, slot, dense, present, TOKENS)
-    elif TILING.stored_tokens == 1:
-        overflow = overflow_sum(layer, operands.x, sizes, share, rows, TILING.flush > 0, TILING.overflow_step)
-        _store_partial(operands.partials, slot, overflow, present, TOKENS)
+    column_blocks = tl.cdiv(sizes.k, TILING.block_columns)
+    per_split = tl.cdiv(column_blocks, splits)
+    blocks = (split * per_split, tl.minimum((split + 1) * per_split, column_blocks))
+    own_panels = (split * panels // splits, (split + 1) * panels // splits)
+    corner = (row_block * ROWS, first_token)
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    if own_panels[0] < own_panels[1]:  # first, so that the registers hold one set of sums at a time
+        total = _overflow_sum(layer, operands, sizes, m, corner, own_panels, TILING)
+    total = _dense_sum(layer, operands.x, sizes, m, corner, blocks, total, TILING)
+    if splits == 1:
+        tokens = first_token + tl.arange(0, TOKENS)[None, :]
+        y_ptrs = operands.y + tokens.to(tl.int64) * sizes.n + rows[:, None]
+        inside = (tokens < m) & (rows < sizes.n)[:, None]
+        tl.store(y_ptrs, round_to(total, operands.y.dtype.element_ty, TILING.backend), mask=inside)
+    else:
+        _store_partial(operands.partials, slot, total, m - first_token, TOKENS)
+        tl.debug_barrier()  # all of this program's stores come before its arrival
+        arrived = tl.atomic_add(layer.counters + tile, 1, sem="acq_rel")
+        if arrived == splits - 1:
+            _sum_splits(operands, sizes, m, first_token, rows, tile * splits, splits, TILING)
+            tl.store(layer.counters + tile, 0)
+
+
+@triton.jit
+def _overflow_sum(layer, operands, sizes, m, corner, panels, TILING: tl.constexpr):
+    """The sum over the overflow of the panels from panels[0] to before panels[1], fp32 [rows, tokens].
+
+    Scaled only if a row has several scales. corner: first row and first token of the tile. Of one token all columns of
+    the sum are alike.
+    """
+    ROWS: tl.constexpr = TILING.rows
+    TOKENS: tl.constexpr = TILING.tokens
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    if TILING.stored_tokens == 1:
+        rows = corner[0] + tl.arange(0, ROWS)
+        for panel in range(panels[0], panels[1]):
+            total += overflow_sum(layer, operands.x, sizes, panel, rows, TILING.flush > 0, TILING.overflow_step)
     else:
         if TILING.dependent:
             tl.extra.cuda.gdc_wait()  # for x to be transposed
         token_stride = tl.cdiv(m, TOKENS) * TILING.overflow_tokens
-        overflow = overflow_product(
-            layer, operands.xt, token_stride, sizes, share, row_block * ROWS, first_token, TILING
-        )
-        _store_partial(operands.partials, slot, overflow, present, TOKENS)
-
-    tl.debug_barrier()  # all of this program's stores come before its arrival
-    arrived = tl.atomic_add(layer.counters + tile, 1, sem="acq_rel")
-    if arrived == shares - 1:
-        _sum_shares(operands, sizes, m, first_token, rows, tile * shares, shares, TILING)
-        tl.store(layer.counters + tile, 0)
+        for panel in range(panels[0], panels[1]):
+            sums = overflow_product(layer, operands.xt, token_stride, sizes, panel, corner[0], corner[1], TILING)
+            if TILING.overflow_tokens == TOKENS:
+                total += sums
+            else:  # the tokens beyond those of the tile are zero
+                total += tl.sum(sums.reshape(ROWS, TILING.overflow_tokens // TOKENS, TOKENS), 1)
+    return total
 
 
 @triton.jit
-def _sum_shares(operands, sizes, m, first_token, rows, first_slot, shares, TILING: tl.constexpr):
+def _sum_splits(operands, sizes, m, first_token, rows, first_slot, splits, TILING: tl.constexpr):
     """Add up a tile's partial sums, several at once for the sake of latency, and write the output.
 
-    rows: int32 [rows] of the tile. first_slot: of the partial sums, of which `shares` follow each other.
+    rows: int32 [rows] of the tile. first_slot: of the partial sums, of which `splits` follow each other.
     """
     ROWS: tl.constexpr = TILING.rows
     TOKENS: tl.constexpr = TILING.stored_tokens
-    STEP: tl.constexpr = TILING.shares_step
+    STEP: tl.constexpr = TILING.sum_step
     tokens = tl.arange(0, TOKENS)
     inside = (first_token + tokens < m)[:, None] & (rows < sizes.n)[None, :]
     total = tl.zeros((TOKENS, ROWS), tl.float32)
-    for first in range(0, shares, STEP):
-        share = first + tl.arange(0, STEP)
-        offsets = ((first_slot + share)[:, None] * TILING.tokens + tokens[None, :]) * ROWS
+    for first in range(0, splits, STEP):
+        split = first + tl.arange(0, STEP)
+        offsets = ((first_slot + split)[:, None] * TILING.tokens + tokens[None, :]) * ROWS
         ptrs = operands.partials + offsets[:, :, None] + tl.arange(0, ROWS)[None, None, :]
-        mask = (share < shares)[:, None, None] & inside[None, :, :]
+        mask = (split < splits)[:, None, None] & inside[None, :, :]
         total += tl.sum(tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg"), 0)
     y_ptrs = operands.y + (first_token + tokens).to(tl.int64)[:, None] * sizes.n + rows[None, :]
     tl.store(y_ptrs, round_to(total, operands.y.dtype.element_ty, TILING.backend), mask=inside)
 
 
 @triton.jit
-def _dense_sum(layer, x_ptr, sizes, m, first_token, rows, blocks, TILING: tl.constexpr):
-    """The sum over the column blocks from blocks[0] to before blocks[1], scaled, fp32 [rows, tokens]."""
+def _dense_sum(layer, x_ptr, sizes, m, corner, blocks, total, TILING: tl.constexpr):
+    """`total` and the sum over the column blocks from blocks[0] to before blocks[1], scaled, fp32 [rows, tokens].
+
+    corner: first row and first token of the tile. total: as of `_overflow_sum`.
+    """
     ROWS: tl.constexpr = TILING.rows
     TOKENS: tl.constexpr = TILING.tokens
     WORDS: tl.constexpr = TILING.words
@@ -150,7 +177,8 @@ def _dense_sum(layer, x_ptr, sizes, m, first_token, rows, blocks, TILING: tl.con
     COLUMNS: tl.constexpr = UNITS.value.slot
     TILE_WORDS: tl.constexpr = TILE_ROWS * PAIRS
     column_blocks = tl.cdiv(sizes.k, BLOCK_COLUMNS)
-    tokens = first_token + tl.arange(0, TOKENS)[None, :]
+    rows = corner[0] + tl.arange(0, ROWS)
+    tokens = corner[1] + tl.arange(0, TOKENS)[None, :]
     features = tl.arange(0, COLUMNS)[:, None]
     x_ptrs = x_ptr + tokens * sizes.k + features
     word_ptrs = (
@@ -158,7 +186,6 @@ def _dense_sum(layer, x_ptr, sizes, m, first_token, rows, blocks, TILING: tl.con
         + (rows // TILE_ROWS * column_blocks * (WORDS * TILE_WORDS) + rows % TILE_ROWS * PAIRS)[:, None]
         + tl.arange(0, PAIRS)[None, :]
     )
-    total = tl.zeros((ROWS, TOKENS), tl.float32)
     group_total = tl.zeros((ROWS, TOKENS), tl.float32)
     for block in tl.range(blocks[0], blocks[1], num_stages=TILING.stages):
         words = load_words(word_ptrs + block * (WORDS * TILE_WORDS), WORDS, TILE_WORDS)
@@ -207,7 +234,7 @@ def fused_tiling(geometry: Geometry, config: Config, groups: int, tokens: int, t
         tokens=max(tokens, SMALLEST_DOT[target.backend]),
         one_tile=tokens < BUCKETS[-1],
         stored_tokens=tokens,
-        shares_step=max(1, min(32, SUM_ELEMENTS // (config.rows * tokens))),
+        sum_step=max(1, min(32, SUM_ELEMENTS // (config.rows * tokens))),
         overflow_tokens=gathered,
         overflow_step=step,
         overflow_stages=min(config.stages, 1 + OVERFLOW_FEATURES // (config.rows * gathered * step)),
@@ -215,6 +242,28 @@ def fused_tiling(geometry: Geometry, config: Config, groups: int, tokens: int, t
         stages=config.stages,
         backend=target.backend,
     )
+
+
+class Launch(NamedTuple):
+    """How `fused_kernel` is launched for a number of token tiles. partials: fp32 sums that it needs."""
+
+    tiling: Tiling
+    programs: int
+    splits: int
+    partials: int
+
+
+@cache
+def plan_launch(geometry: Geometry, config: Config, groups: int, m_tiles: int, tokens: int, target: Target) -> Launch:
+    """The launch for `m_tiles` tiles of the bucket `tokens`; kept, since making it takes longer than the launch.
+
+    groups: scales of a row.
+    """
+    tiling = fused_tiling(geometry, config, groups, tokens, target)
+    tiles = geometry.padded_rows // config.rows * m_tiles
+    splits = _splits(geometry, tiles, config, target)
+    programs = tiles * splits
+    return Launch(tiling, programs, splits, 0 if splits == 1 else programs * tiling.tokens * config.rows)
 
 
 def multiply_fused(
@@ -226,26 +275,24 @@ def multiply_fused(
     """
     m = x.shape[0]
     groups = layout.scales.shape[0]
-    tiling = fused_tiling(geometry, config, groups, tokens, target)
-    m_tiles = -(-m // tiling.tokens)
-    tiles = geometry.padded_rows // config.rows * m_tiles
     panels = geometry.panels if layout.entries.numel() else 0
-    splits = 1 if m_tiles > 1 else _splits(geometry, tiles, config, target)
-    shares = panels + splits
+    m_tiles = -(-m // max(tokens, SMALLEST_DOT[target.backend]))
+    launch = plan_launch(geometry, config, groups, m_tiles, tokens, target)
+    tiling = launch.tiling
     y = x.new_empty(m, geometry.out_features)
-    partials = torch.empty(tiles * shares * tiling.tokens * config.rows, dtype=torch.float32, device=x.device)
+    partials = torch.empty(launch.partials, dtype=torch.float32, device=x.device)
     transposed, options = x, {}
     if panels and tokens > 1:
         # with several scales a row in bf16: fp16 has no room for small scales times large integers
         transposed = transpose(x, tiling.overflow_tokens, x.dtype if groups == 1 else torch.bfloat16, target)
         options = {"launch_pdl": True} if tiling.dependent else {}
     layer, sizes = arguments(layout, geometry)
-    fused_kernel[(tiles * shares,)](
+    fused_kernel[(launch.programs,)](
         layer,
         Operands(x, transposed, partials, y),
         sizes,
         m,
-        splits,
+        launch.splits,
         panels,
         TILING=tiling,
         num_warps=config.warps,

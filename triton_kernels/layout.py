@@ -17,6 +17,7 @@ Rows are padded to a multiple of ROW_ALIGNMENT with scale 0, columns to whole co
 """
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ SMALLEST_ROWS = 32  # of an output tile of the fused kernel
 MAX_M_TILES = 8
 
 _WORDS = {2: 1, 3: 3, 4: 1, 5: 5, 8: 1}  # by bits: int32 words that hold one pair of every slot of a column block
-_ROWS_AT_A_TIME = 1024
+ROWS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True)
@@ -51,50 +52,62 @@ class Geometry:
         if self.bits not in _WORDS:
             raise ValueError(f"bits is {self.bits}; there are kernels for {tuple(_WORDS)}")
 
-    @property
+    @cached_property
     def words(self) -> int:
         """int32 words that hold one pair of every slot of a column block."""
         return _WORDS[self.bits]
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """Runs of 32 input features in a column block."""
         return self.words * HALF_WORD // self.bits
 
-    @property
+    @cached_property
     def block_columns(self) -> int:
         """Input features of a column block."""
         return self.slots * SLOT
 
-    @property
+    @cached_property
     def column_blocks(self) -> int:
         """Column blocks that cover all input features."""
         return -(-self.in_features // self.block_columns)
 
-    @property
+    @cached_property
     def padded_rows(self) -> int:
         """Output features including padding."""
         return -(-self.out_features // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
-    @property
+    @cached_property
     def panels(self) -> int:
         """Panels of columns that cover the overflow."""
         return -(-self.in_features // PANEL)
 
-    @property
+    @cached_property
     def counters(self) -> int:
         """Arrival counters: one for every output tile, were all of them as small as can be."""
         return self.padded_rows // SMALLEST_ROWS * MAX_M_TILES
 
-    @property
+    @cached_property
     def diagonal(self) -> int:
         """Where the mask of a diagonal begins in `offsets`."""
         return self.counters
 
-    @property
+    @cached_property
     def starts(self) -> int:
         """Where the starts of rows begin in `offsets`."""
         return self.diagonal + DIAGONAL**2
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of `dense`, of `scales` without its groups, and of `offsets`."""
+        dense = (self.padded_rows // TILE_ROWS, self.column_blocks, self.words, TILE_ROWS, PAIRS)
+        return dense, (self.padded_rows,), (self.starts + self.panels * self.padded_rows + 1,)
+
+
+@cache
+def geometry_of(bits: int, in_features: int, out_features: int) -> Geometry:
+    """The geometry of a layer, kept with what it computes: a product would take longer to find that than to launch."""
+    return Geometry(bits, in_features, out_features)
 
 
 def device_layout(
@@ -113,9 +126,7 @@ def device_layout(
     out_features = qweight.shape[0]
     geometry = Geometry(bits, in_features, out_features)
     _check_scales(scales, geometry)
-    tiles = [
-        _pack_rows(unpack(rows.to(device), bits, in_features), geometry) for rows in qweight.split(_ROWS_AT_A_TIME)
-    ]
+    tiles = [pack_rows(unpack(rows.to(device), bits, in_features), geometry) for rows in qweight.split(ROWS_AT_A_TIME)]
     scales = torch.nn.functional.pad(scales.to(device).t(), (0, geometry.padded_rows - out_features))
     entries, offsets = pack_overflow(overflow, geometry)
     return DeviceLayout(torch.cat(tiles), scales.contiguous(), entries.to(device), offsets.to(device))
@@ -132,7 +143,7 @@ def _check_scales(scales: Tensor, geometry: Geometry) -> None:
         )
 
 
-def _pack_rows(integers: Tensor, geometry: Geometry) -> Tensor:
+def pack_rows(integers: Tensor, geometry: Geometry) -> Tensor:
     """Integers int16 [rows, in_features] → int32 [row tiles, column blocks, words, TILE_ROWS, PAIRS]."""
     rows, columns = integers.shape
     padding = (0, geometry.column_blocks * geometry.block_columns - columns, 0, -rows % ROW_ALIGNMENT)

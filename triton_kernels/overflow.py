@@ -9,7 +9,7 @@ from vllm_babai.triton_kernels.unpack import matrix_product, round_to
 
 @triton.jit
 def overflow_sum(layer, x_ptr, sizes, panel, rows, GROUPED: tl.constexpr, STEP: tl.constexpr):
-    """One token's sum over the entries of every row of a tile, scaled, fp32 [rows, 1].
+    """One token's sum over the entries of every row of a tile, fp32 [rows, 1]; scaled if a row has several scales.
 
     x_ptr: [k]. rows: int32 [rows]. STEP: entries of a row that are read at a time.
     """
@@ -24,15 +24,12 @@ def overflow_sum(layer, x_ptr, sizes, panel, rows, GROUPED: tl.constexpr, STEP: 
         value, column = _entry(layer, sizes, panel, rows[:, None], index + step, end, GROUPED)
         x = tl.load(x_ptr + column, mask=index + step < end, other=0.0, eviction_policy="evict_last")
         products += value * x.to(tl.float32)
-    total = tl.sum(products, 1)
-    if not GROUPED:
-        total *= tl.load(layer.scales + rows).to(tl.float32)
-    return total[:, None]
+    return tl.sum(products, 1)[:, None]
 
 
 @triton.jit
 def overflow_product(layer, xt_ptr, token_stride, sizes, panel, first_row, first_token, TILING: tl.constexpr):
-    """Several tokens' sums over the entries of every row of a tile, scaled, fp32 [ROWS, TOKENS].
+    """Several tokens' sums over the entries of every row of a tile, fp32 [ROWS, TOKENS]; scaled if a row has several.
 
     xt_ptr: [k, token_stride], x transposed. TILING: see `fused.Tiling`.
     STEP entries of each of 16 rows are the blocks of a block-diagonal matrix [16, 16 · STEP], which a matrix
@@ -72,10 +69,7 @@ def overflow_product(layer, xt_ptr, token_stride, sizes, panel, first_row, first
             low_rest = round_to(low - low_rounded.to(tl.float32), x.dtype, BACKEND)
             high_rest = round_to(high - high_rounded.to(tl.float32), x.dtype, BACKEND)
             total = matrix_product(_blocks(low_rest, high_rest, mask), x, total, BACKEND)
-    total = total.reshape(ROWS, TOKENS)
-    if not GROUPED:
-        total *= tl.load(layer.scales + first_row + tl.arange(0, ROWS)).to(tl.float32)[:, None]
-    return total
+    return total.reshape(ROWS, TOKENS)
 
 
 @triton.jit

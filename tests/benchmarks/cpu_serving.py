@@ -6,32 +6,22 @@ overflow. A round takes one to two minutes.
 """
 
 import json
-import os
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import httpx
 import torch
 from harness import Median, alternate, command_line, ratio, report, table
 from safetensors.torch import save_file
+from server import Request, serve, tokens_per_second
 
 from vllm_babai.format import BIT_WIDTHS, SSQR, CheckpointConfig, LatticeWeight, integer_range
 
-if TYPE_CHECKING:
-    from openai import OpenAI
-
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "hidden_size": 1536,
     "intermediate_size": 4608,
     "num_hidden_layers": 16,
@@ -43,9 +33,10 @@ CONFIG = {
     "dtype": "bfloat16",
 }
 OVERFLOW = 0.01
-PROMPT_TOKENS, NEW_TOKENS = 32, 64
+REQUEST = Request(CONFIG["vocab_size"], prompt_tokens=32, new_tokens=64)
 CONCURRENT = (1, 8)
 REPETITIONS = 3  # of every measurement while a server runs
+OPTIONS = ("--max-model-len", "512", "--gpu-memory-utilization", "0.2", "--skip-tokenizer-init")
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -77,54 +68,11 @@ def round_to_nearest(weight: torch.Tensor, bits: int) -> SSQR:
     return SSQR.encode(LatticeWeight((weight.float() / scales.float()).round().short(), scales), bits)
 
 
-@contextmanager
-def serve(model: Path) -> Iterator["OpenAI"]:
-    """Client of a server of the model in this folder."""
-    from openai import OpenAI
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("vllm"), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--served-model-name", "model", "--max-model-len", "512", "--gpu-memory-utilization", "0.2"]
-    command += ["--skip-tokenizer-init", "--no-enable-prefix-caching"]
-    log = model.with_suffix(".log")
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **ENVIRONMENT})
-    try:
-        while True:
-            if process.poll() is not None:
-                raise RuntimeError(f"the server stopped:\n{log.read_text()[-3000:]}")
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
-                break
-            except httpx.TransportError:
-                time.sleep(1)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def tokens_per_second(client: "OpenAI", concurrent: int) -> float:
-    """Of all requests together."""
-
-    def ask(seed: int) -> None:
-        prompt = torch.randint(CONFIG["vocab_size"], (PROMPT_TOKENS,)).tolist()
-        extra = {"ignore_eos": True, "detokenize": False}
-        client.completions.create(model="model", prompt=prompt, max_tokens=NEW_TOKENS, seed=seed, extra_body=extra)
-
-    with ThreadPoolExecutor(concurrent) as pool:
-        start = time.perf_counter()
-        list(pool.map(ask, range(concurrent)))
-        return concurrent * NEW_TOKENS / (time.perf_counter() - start)
-
-
 def serve_and_ask(model: Path) -> dict[int, float]:
     """Tokens per second by number of concurrent requests, of one server: the median of a few repetitions."""
-    with serve(model) as client:
-        tokens_per_second(client, max(CONCURRENT))  # warm up
-        repeated = alternate({n: partial(tokens_per_second, client, n) for n in CONCURRENT}, REPETITIONS)
+    with serve(model, OPTIONS, ENVIRONMENT) as client:
+        tokens_per_second(client, max(CONCURRENT), REQUEST)  # warm up
+        repeated = alternate({n: partial(tokens_per_second, client, n, REQUEST) for n in CONCURRENT}, REPETITIONS)
     return {concurrent: statistics.median(speeds) for concurrent, speeds in repeated.items()}
 
 

@@ -1,8 +1,8 @@
 """Check and time the kernels against their peers: `python tests/benchmarks/kernels.py`.
 
-Prints a table, writes `results/<gpu>.json` and `results/<gpu>.png` next to this file. Times are of CUDA-graph replays
-with rotating weights, so that the cache is cold; peers that cannot be imported are left out. Kernels are timed one
-after the other: replays of one graph differ little on a GPU that does nothing else.
+Prints a table, writes `results/<gpu>.json` and `results/<gpu>.png` next to this file after every layer. Times are of
+CUDA-graph replays with rotating weights, so that the cache is cold; peers that cannot be imported are left out. Kernels
+are timed one after the other: replays of one graph differ little on a GPU that does nothing else.
 """
 
 import functools
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from vllm_babai.files import write_atomically
 from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels import matmul
 from vllm_babai.triton_kernels.configs import Target, file_name
@@ -224,9 +225,12 @@ def time_peer(
         log.print(f"[yellow]{name} left out at {layer}: {type(problem).__name__}: {problem}")
 
 
-def measure(device: torch.device, log: Console, tokens: tuple[int, ...], bit_widths: tuple[int, ...]) -> Report:
-    """Time everything on this GPU."""
+def measure(
+    device: torch.device, log: Console, tokens: tuple[int, ...], bit_widths: tuple[int, ...]
+) -> Iterator[Report]:
+    """Time everything on this GPU; a report after every layer, of all until then."""
     timings: list[Timing] = []
+    bandwidth = copy_bandwidth(device)
     for layer, shape in SHAPES.items():
         for name in PEERS:
             timings += time_peer(layer, name, shape, device, tokens, log)
@@ -235,7 +239,7 @@ def measure(device: torch.device, log: Console, tokens: tuple[int, ...], bit_wid
             timings += time_babai(layer, geometry, 0.01, device, tokens)
             timings += time_babai(layer, geometry, 0.0, device, (1,))
         log.print(f"timed {layer}")
-    return Report(torch.cuda.get_device_name(device), copy_bandwidth(device), timings)
+        yield Report(torch.cuda.get_device_name(device), bandwidth, list(timings))
 
 
 def table(report: Report) -> Table:
@@ -284,13 +288,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("This benchmark needs a GPU; without one only compile-time figures exist (tests/kernels).")
     log = Console()
-    report = measure(torch.device("cuda"), log, tuple(options.tokens), tuple(options.bits))
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / file_name(report.gpu)
-    stem.with_name(stem.name + ".json").write_text(
-        json.dumps({"machine": machine(), **asdict(report)}, indent=1) + "\n"
-    )
-    plot(report, stem.with_name(stem.name + ".png"))
+    for report in measure(torch.device("cuda"), log, tuple(options.tokens), tuple(options.bits)):
+        stem = options.out / file_name(report.gpu)
+        figures = json.dumps({"machine": machine(), **asdict(report)}, indent=1) + "\n"
+        write_atomically(stem.with_name(stem.name + ".json"), figures)
+        plot(report, stem.with_name(stem.name + ".png"))
     log.print(table(report))
 
 

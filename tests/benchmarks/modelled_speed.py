@@ -1,9 +1,11 @@
 """Size, load time and speed by format and GPU: `python tests/benchmarks/modelled_speed.py [--model NAME]`.
 
 **Speeds and load times are a model: no GPU has run the kernels.** A matmul takes as long as the slower of two things:
-reading its weight, at BANDWIDTH of the data sheet's, and issuing its instructions (`gate.json`), at ISSUE of what the
-schedulers can at boost clock. The coded kernels wait, too: a warp decodes its part in steps of STEP_CYCLES. These are
-upper limits: attention, KV cache, launches and sampling are left out, and not every card holds its boost clock.
+moving bytes, at BANDWIDTH of the data sheet's (the weight, and the partial sums of the fused kernel, written and read
+as if no cache held them), and issuing its instructions (`gate.json`), at ISSUE of what the schedulers can at boost
+clock; LAUNCH seconds for every launch come on top. The coded kernels wait, too: a warp decodes its part in steps of
+STEP_CYCLES. These are upper limits: attention, KV cache and sampling are left out, and not every card holds its boost
+clock. A second table has what a product launches and moves, by the number of tokens.
 """
 
 import json
@@ -17,10 +19,14 @@ from harness import command_line, markdown
 from vllm_babai.format.entropy.hptq import MAX_LANES
 from vllm_babai.format.entropy.segments import SEGMENT_WEIGHTS
 from vllm_babai.triton_kernels.coded import MAX_TOKENS
+from vllm_babai.triton_kernels.configs import Target, bucket, config_for
+from vllm_babai.triton_kernels.fused import Launch, plan_launch
+from vllm_babai.triton_kernels.layout import Geometry
 
-GATE = json.loads((Path(__file__).parents[1] / "kernels" / "gate.json").read_text())["3.9.0"]  # a version of Triton
+GATE = json.loads((Path(__file__).parents[1] / "kernels" / "gate.json").read_text())["3.7.1"]  # the Triton of vLLM 0.32
 BANDWIDTH, ISSUE = 0.85, 0.7  # assumed; integer instructions, most of ours, are issued at half the rate of others
 OVERFLOW_INSTRUCTIONS = {1: 35, 16: 90}  # per entry, from the fused kernel's machine code; a third of the lanes idle
+LAUNCH = 1.5e-6  # seconds, assumed: from one kernel of a CUDA graph to the next
 STEP_CYCLES = 300  # assumed; from one integer of a lane to its next are two loads and some 20 dependent instructions
 DISK, PCIE, CORES = 1e9, 25e9, 8  # bytes per second, of PCIe 4.0 x16; CPU cores
 PACKED_RATE, CODED_RATE = 400e6, 550e6  # weights per second and core: load_time.py, without AVX-512
@@ -62,7 +68,7 @@ class Model:
 class Format:
     """How linears are stored and multiplied.
 
-    disk, memory: bits per weight, everything counted. seconds: of a matmul, by GPU, format, weights and tokens.
+    disk, memory: bits per weight, everything counted. seconds: of a matmul, by GPU, format, shape and tokens.
     rate: weights per second read at load. bits, overflow: of the kernel; share of weights beyond its dense range.
     head: bits of a weight of lm_head.
     """
@@ -70,27 +76,45 @@ class Format:
     name: str
     disk: float
     memory: float
-    seconds: "Callable[[GPU, Format, int, int], float]"
+    seconds: "Callable[[GPU, Format, tuple[int, int], int], float]"
     rate: float = float("inf")
     bits: int = 0
     overflow: float = 0.0
     head: float = 16
 
 
-def bf16_seconds(gpu: GPU, _: Format, weights: int, tokens: int) -> float:
-    return gpu.move(2 * weights)
+def bf16_seconds(gpu: GPU, _: Format, shape: tuple[int, int], tokens: int) -> float:
+    return gpu.move(2 * shape[0] * shape[1]) + LAUNCH
 
 
-def fused_seconds(gpu: GPU, form: Format, weights: int, tokens: int) -> float:
+def launch_of(gpu: GPU, bits: int, shape: tuple[int, int], tokens: int) -> Launch:
+    """The fused kernel's launch for a linear with overflow; shape: output × input features."""
+    target = Target("cuda", gpu.architecture, gpu.architecture, gpu.processors)
+    geometry, held = Geometry(bits, shape[1], shape[0]), bucket(tokens)
+    config = config_for(target, bits, held, shape, 1)
+    return plan_launch(geometry, config, 1, ceil(tokens / held), held, target)
+
+
+def partial_bytes(launch: Launch, tokens: int) -> float:
+    """Written and read, fp32; of tokens that a tile holds, only those that there are."""
+    held = launch.tiling.tokens
+    return 8 * launch.partials * tokens / (ceil(tokens / held) * held)
+
+
+def fused_seconds(gpu: GPU, form: Format, shape: tuple[int, int], tokens: int) -> float:
     """The kernel for dense + sparse. For 16 tokens the gate has sm_90 alone; the others are about as long."""
+    weights = shape[0] * shape[1]
     case = f"{form.bits} bits, {tokens} token{'s' if tokens > 1 else ''}"
     dense = GATE[gpu.architecture].get(case, GATE["sm_90"][case])["instructions_per_weight"]
     issued = gpu.issue((dense + form.overflow * OVERFLOW_INSTRUCTIONS[tokens]) * weights)
-    return max(gpu.move(form.memory / 8 * weights), issued)
+    launch = launch_of(gpu, form.bits, shape, tokens)
+    moved = gpu.move(form.memory / 8 * weights + partial_bytes(launch, tokens))
+    return max(moved, issued) + LAUNCH * (2 if tokens > 1 else 1)  # several tokens: x is transposed first
 
 
-def coded_seconds(gpu: GPU, form: Format, weights: int, tokens: int) -> float:
+def coded_seconds(gpu: GPU, form: Format, shape: tuple[int, int], tokens: int) -> float:
     """The kernel that multiplies what it decodes, or the decoder and a bf16 product."""
+    weights = shape[0] * shape[1]
     turns = ceil(weights / SEGMENT_WEIGHTS / (gpu.processors * gpu.warps))
     waiting = turns * SEGMENT_WEIGHTS / MAX_LANES * STEP_CYCLES / gpu.clock
     fused = tokens <= MAX_TOKENS
@@ -136,9 +160,22 @@ def speed(gpu: GPU, form: Format, model: Model) -> str:
     """Tokens per second of 1 and of 16 requests, all together, to two digits; lm_head as fast as it is read."""
     rates = []
     for tokens in (1, 16):
-        block = sum(form.seconds(gpu, form, rows * columns, tokens) for rows, columns in model.linears)
+        block = sum(form.seconds(gpu, form, shape, tokens) for shape in model.linears)
         rates.append(tokens / (model.blocks * block + gpu.move(form.head / 8 * model.embeddings)))
     return " / ".join(f"{float(f'{rate:.2g}'):.0f}" for rate in rates)
+
+
+def traffic(gpu: GPU, bits: int, model: Model) -> list[list[str]]:
+    """Launches, programs and MB moved by each linear of a block, for few and for many tokens."""
+    rows = []
+    for shape in model.linears:
+        for tokens in (1, 16, 64, 256):
+            launch = launch_of(gpu, bits, shape, tokens)
+            held, partials = bits / 8 * shape[0] * shape[1] / 1e6, partial_bytes(launch, tokens) / 1e6
+            launches = 2 if tokens > 1 else 1
+            cells = [str(launches), str(launch.programs), str(launch.splits), f"{held:.1f}", f"{partials:.1f}"]
+            rows.append([f"{shape[0]} × {shape[1]}", str(tokens), *cells])
+    return rows
 
 
 def main() -> None:
@@ -154,7 +191,9 @@ def main() -> None:
         load = stored / DISK + weights * (1 / form.rate + form.overflow / LAYOUT_RATE) + held / PCIE
         speeds = [speed(gpu, form, model) if held < USABLE * gpu.memory else "does not fit" for gpu in GPUS]
         rows.append([form.name, f"{stored / 1e9:.1f}", f"{held / 1e9:.1f}", f"{load:.0f}", *speeds])
-    print(markdown(["", "disk, GB", "memory, GB", "load, s", *(gpu.name for gpu in GPUS)], rows), end="")
+    print(markdown(["", "disk, GB", "memory, GB", "load, s", *(gpu.name for gpu in GPUS)], rows))
+    headings = ["linear", "tokens", "launches", "programs", "splits", "weight, MB", "partial sums, MB"]
+    print(f"{GPUS[0].name}, 4 bits:\n\n" + markdown(headings, traffic(GPUS[0], 4, model)), end="")
 
 
 if __name__ == "__main__":

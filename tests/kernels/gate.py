@@ -1,8 +1,9 @@
 """Compile gate: what the compilers make of the kernels, for GPUs that are not there.
 
-`python tests/kernels/gate.py ARCHITECTURE…` compiles the kernels with the shipped configurations, needs no GPU and
-prints the measures as JSON; `--update` writes them to gate.json, which has a table for every version of Triton.
-`test_compile_gate.py` compares the two.
+`python tests/kernels/gate.py ARCHITECTURE…` compiles the kernels with shipped configurations, needs no GPU and prints
+the measures as JSON; `--update` writes them to gate.json, which has a table for every version of Triton.
+`test_compile_gate.py` compares the two. `--shipped` compiles every kernel that a shipped table can choose instead: all
+widths, buckets and group sizes, a line each as it is done, of which nothing is recorded.
 """
 
 import json
@@ -19,15 +20,17 @@ from triton.compiler import ASTSource
 
 from vllm_babai.triton_kernels.arguments import Layer, Sizes
 from vllm_babai.triton_kernels.coded import MAX_TOKENS, Shape, multiply_kernel
-from vllm_babai.triton_kernels.configs import Target, table_for
+from vllm_babai.triton_kernels.configs import Config, Target, table_for
 from vllm_babai.triton_kernels.dequantize import dense_kernel, dequantize_form, overflow_kernel
 from vllm_babai.triton_kernels.entropy import WARP, Streams, decode_kernel
-from vllm_babai.triton_kernels.fused import Operands, fused_kernel, fused_tiling
+from vllm_babai.triton_kernels.fused import Operands, Tiling, fused_kernel, fused_tiling
 from vllm_babai.triton_kernels.layout import Geometry
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 TABLE = Path(__file__).with_name("gate.json")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+COLUMNS = 4096  # input features of the layer that is compiled for
+GROUP_SIZES = (COLUMNS, 32, 64, 128)
 
 # Types of the kernels' arguments. "i32:16": a multiple of 16 in every layer that matters, as Triton finds out for
 # itself; every pointer is one.
@@ -135,7 +138,8 @@ def _count(pattern: str, code: list[str]) -> int:
 def _main_loop(code: list[str]) -> list[str]:
     """The instructions of the loop (code up to a backward branch) with most matrix products; of those the innermost.
 
-    Loops that convert integers do not count (but for the reciprocal in a division): those are of the overflow part.
+    Loops that convert integers do not count (but for the reciprocal in a division): those are of the overflow part. Nor
+    does what holds an exit: that is a branch back from code behind the kernel's end, where it waits.
     """
     labels, instructions, loops = {}, [], []
     for line in code:
@@ -150,7 +154,7 @@ def _main_loop(code: list[str]) -> list[str]:
                 loops.append(loop)
 
     def products(loop: list[str]) -> int:
-        return 0 if _count(r"\bI2F(?!\S*RP)", loop) else _count(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", loop)
+        return 0 if _count(r"\bI2F(?!\S*RP)|\bEXIT\b", loop) else _count(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", loop)
 
     # what needs more tensor memory than there is compiles to a trap, without a loop
     return max(loops, key=lambda loop: (products(loop), -len(loop)), default=[])
@@ -168,15 +172,45 @@ def cases(architecture: str) -> dict[str, tuple[int, int, int, str]]:
     return chosen
 
 
+def shipped(architecture: str) -> dict[str, tuple[Geometry, Config, Tiling]]:
+    """Name → fused kernel, of all that the architecture's table can choose; equal ones once."""
+    target = target_of(architecture)
+    chosen: dict[tuple[Tiling, int], tuple[str, Config]] = {}
+    for entry in table_for(target).entries:
+        for group_size in GROUP_SIZES:
+            groups = COLUMNS // group_size
+            config = entry.choice(groups)
+            tiling = fused_tiling(Geometry(entry.bits, COLUMNS, 4096), config, groups, entry.tokens, target)
+            name = f"{entry.bits} bits, {entry.tokens} tokens, groups of {group_size}"
+            chosen.setdefault((tiling, config.warps), (name, config))
+    return {
+        name: (Geometry(tiling.bits, COLUMNS, 4096), config, tiling) for (tiling, _), (name, config) in chosen.items()
+    }
+
+
+def shipped_gate(architecture: str) -> dict[str, dict[str, float]]:
+    """Case → measures of every kernel of `shipped`, printed as they come: that takes minutes."""
+    results = {}
+    for name, (geometry, config, tiling) in shipped(architecture).items():
+        compiled = compile_kernel(fused_kernel, fused_types(), {"TILING": tiling}, architecture, config.warps)
+        results[name] = measure(compiled, config.rows * geometry.block_columns)
+        print(architecture, name, config, results[name], file=sys.stderr, flush=True)
+    return results
+
+
+def target_of(architecture: str) -> Target:
+    """A GPU of this architecture whose name no table has."""
+    return Target("cuda" if architecture.startswith("sm_") else "hip", architecture, architecture, 1)
+
+
 def gate(architecture: str) -> dict[str, dict[str, float]]:
     """Case → measures for one architecture."""
-    backend = "cuda" if architecture.startswith("sm_") else "hip"
-    target = Target(backend, architecture, architecture, 1)
-    table = table_for(target)
+    target = target_of(architecture)
+    backend, table = target.backend, table_for(target)
     results = {}
     for name, (bits, tokens, groups, dtype) in cases(architecture).items():
         geometry = Geometry(bits, 4096, 4096)
-        config = table.lookup(bits, tokens, 4096, 4096).for_groups(groups)
+        config = table.lookup(bits, tokens, 4096, 4096, groups)
         constants = {"TILING": fused_tiling(geometry, config, groups, tokens, target)}
         compiled = compile_kernel(fused_kernel, fused_types(dtype), constants, architecture, config.warps)
         results[name] = measure(compiled, config.rows * geometry.block_columns)
@@ -205,14 +239,21 @@ def coded_gate(architecture: str, backend: str) -> dict[str, dict[str, float]]:
     }
 
 
+def _record(architecture: str, measures: dict[str, dict[str, float]]) -> None:
+    tables = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    tables.setdefault(triton.__version__, {})[architecture] = measures
+    TABLE.write_text(json.dumps(tables, indent=1) + "\n")
+
+
 def main(arguments: list[str]) -> None:
-    """Command line: architectures (all by default) and --update."""
+    """Command line: architectures (all by default), --shipped or --update."""
     chosen = [name for name in arguments if not name.startswith("-")] or list(ARCHITECTURES)
-    results = {architecture: gate(architecture) for architecture in chosen}
-    if "--update" in arguments:
-        tables = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-        known = tables.get(triton.__version__, {})
-        TABLE.write_text(json.dumps(tables | {triton.__version__: known | results}, indent=1) + "\n")
+    compile_all = shipped_gate if "--shipped" in arguments else gate
+    results = {}
+    for architecture in chosen:
+        results[architecture] = compile_all(architecture)
+        if compile_all is gate and "--update" in arguments:
+            _record(architecture, results[architecture])
     print(json.dumps(results))
 
 

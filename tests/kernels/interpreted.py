@@ -198,12 +198,20 @@ def test_warm_up_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(name == "multiply_dequantized" for name, _ in launched)
 
 
-def test_shares_of_one_column_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU of many processors cuts the columns finely: every share is one block, and all are added up."""
+def test_splits_of_one_column_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of many processors cuts the columns finely: every split is one block, and all are added up."""
     wide = Target("interpreter", "sm_90", "interpreter", 1000)
     monkeypatch.setattr(Target, "of", lambda device: wide)
     for bits in BIT_WIDTHS:
         check(random_weight(bits, 64, 2500), bits, torch.randn(1, 2500).bfloat16())
+
+
+@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (3, 1), (16, 4), (70, 1)])
+def test_one_program_a_tile(tokens: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of one processor: no partial sums, and the overflow of several panels is added by one program."""
+    small = Target("interpreter", "sm_90", "interpreter", 1)
+    monkeypatch.setattr(Target, "of", lambda device: small)
+    check(random_weight(4, 96, 4224, groups, overflow=0.02), 4, torch.randn(tokens, 4224).bfloat16())
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,18 @@
 """What the compilers make of the kernels for every GPU, against limits of the chips and the table `gate.json`.
 
 Each architecture is compiled by `gate.py` in a process of its own, without a GPU and without the interpreter, by the
-Triton that is installed and by those in folders `triton-*` of the environment: vLLM 0.32 installs 3.7.1 on a GPU, vLLM
-0.33 installs 3.8. After a change that is meant to change the code: `python tests/kernels/gate.py --update`.
+Tritons that vLLM installs on a GPU (3.7.1 with vLLM 0.32, 3.8 with vLLM 0.33) and the one that is installed: all
+architectures by the first, sm_90 by the second, the rest of it among the long tests. After a change that is meant to
+change the code: `python tests/kernels/gate.py --update`, with each version.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import triton
+from tritons import FIRST, PINNED, TRITONS, environment
 
 HERE = Path(__file__).parent
 RECORDED = json.loads((HERE / "gate.json").read_text())
@@ -33,22 +33,31 @@ INSTRUCTIONS_PER_WEIGHT = {
 }
 TENSOR_MEMORY = 512  # columns; more compiles to a trap
 
+ALWAYS = [(FIRST, architecture) for architecture in SHARED_MEMORY]
+ALWAYS += [(version, "sm_90") for version in PINNED if version != FIRST]
+SELDOM = [
+    (version, architecture)
+    for version in TRITONS
+    for architecture in SHARED_MEMORY
+    if (version, architecture) not in ALWAYS
+]
 
-# Version → folder that holds it, None for the one that is installed.
-TRITONS: dict[str, Path | None] = {triton.__version__: None}
-TRITONS |= {path.name.removeprefix("triton-"): path for path in sorted(Path(sys.prefix).glob("triton-*"))}
 
-
-@pytest.mark.parametrize("version", TRITONS)
-@pytest.mark.parametrize("architecture", SHARED_MEMORY)
-def test_compiled_kernels(architecture: str, version: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    if folder := TRITONS[version]:
-        environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, str(HERE / "gate.py"), architecture]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+def compiled(version: str, architecture: str, cache: Path, *options: str) -> dict[str, dict[str, float]]:
+    """Case → measures, of `gate.py` under this Triton."""
+    command = [sys.executable, str(HERE / "gate.py"), architecture, *options]
+    child = subprocess.run(
+        command, env=environment(version, TRITON_CACHE_DIR=str(cache)), capture_output=True, text=True
+    )
     assert child.returncode == 0, child.stderr[-4000:]
-    measured = json.loads(child.stdout)[architecture]
+    return json.loads(child.stdout)[architecture]
+
+
+@pytest.mark.parametrize(
+    ("version", "architecture"), [*ALWAYS, *(pytest.param(*case, marks=pytest.mark.long) for case in SELDOM)]
+)
+def test_compiled_kernels(version: str, architecture: str, tmp_path: Path) -> None:
+    measured = compiled(version, architecture, tmp_path)
     recorded = RECORDED.get(version, {}).get(architecture)
     for case, found in measured.items():
         check_limits(architecture, case, found)
@@ -56,6 +65,15 @@ def test_compiled_kernels(architecture: str, version: str, tmp_path: Path) -> No
             check_against_table(f"Triton {version}, {architecture}, {case}", found, recorded[case])
     if recorded:
         assert measured.keys() == recorded.keys()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("architecture", [name for name in SHARED_MEMORY if name.startswith("sm_")])
+@pytest.mark.parametrize("version", [version for version in TRITONS if version == FIRST])
+def test_every_kernel_that_a_shipped_table_can_choose(version: str, architecture: str, tmp_path: Path) -> None:
+    for case, found in compiled(version, architecture, tmp_path, "--shipped").items():
+        check_limits(architecture, case, found)
 
 
 def check_limits(architecture: str, case: str, found: dict[str, float]) -> None:

@@ -58,7 +58,7 @@ class _Launcher:
 
 @pytest.mark.parametrize("tokens", BUCKETS)
 def test_the_number_of_tokens_compiles_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does what follows from it, how many shares a tile is cut into."""
+    """Nor does what follows from it, how many splits a tile has."""
     geometry = Geometry(4, 4096, 512)
     layout = random_layout(geometry, 0.01, torch.device("cpu"))
     monkeypatch.setattr(fused, "transpose", lambda x, padded, dtype, target: x)

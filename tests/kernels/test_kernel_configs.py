@@ -52,6 +52,11 @@ def test_lookup_takes_the_nearest_shape(tmp_path: Path) -> None:
     assert table.lookup(4, 1, 14336, 4096) == large
     with pytest.raises(LookupError, match="2 bits and 1 tokens"):
         table.lookup(2, 1, 64, 64)
+    odd = Entry(2, 1, 1024, 1024, large, grouped=small)
+    table = Table(257, (*entries, odd))
+    assert table.lookup(2, 1, 1024, 1024) == large
+    assert table.lookup(2, 1, 1024, 1024, groups=8) == small
+    assert table.lookup(4, 1, 28672, 4096, groups=8) == large.for_groups(8) != large
     table.write(tmp_path / "table.json")
     assert Table.read(tmp_path / "table.json") == table
 

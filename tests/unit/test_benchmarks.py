@@ -9,7 +9,8 @@ import harness
 import pytest
 from harness import Median, alternate, ratio, time_rounds
 
-SCRIPTS = sorted(path for path in Path(harness.__file__).parent.glob("*.py") if path.stem != "harness")
+SHARED = ("harness", "server")
+SCRIPTS = sorted(path for path in Path(harness.__file__).parent.glob("*.py") if path.stem not in SHARED)
 
 
 def test_candidates_alternate() -> None:

@@ -16,6 +16,7 @@ READMES = [path for top in (".", *TOP) for path in (ROOT.glob("*.md") if top == 
 SOURCES = [path for top in TOP for path in (ROOT / top).rglob("*.py") if path.is_file()]
 FILES = [path for top in TOP for path in (ROOT / top).rglob("*") if path.suffix in {".py", ".json", ".md", ".sh"}]
 MADE = {"config.json", "babai_report.json", "quality.json"}  # by runs: in checkpoints, in the folder of a study
+MADE |= {"day.json", "serving.json", "quantize.json"}  # in the folder of a day on a GPU
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#([\w-]+))?\)|\]\(#([\w-]+)\)")
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, TOP))})/[\w.*/-]*[\w*/]")

@@ -10,12 +10,12 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from vllm_babai.format import Overflow
+from vllm_babai.format import Overflow, integer_range
 from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels.configs import Config, Target
 from vllm_babai.triton_kernels.dequantize import multiply_dequantized
 from vllm_babai.triton_kernels.fused import fused_kernel, multiply_fused
-from vllm_babai.triton_kernels.layout import PAIRS, TILE_ROWS, Geometry, pack_overflow
+from vllm_babai.triton_kernels.layout import ROWS_AT_A_TIME, Geometry, pack_overflow, pack_rows
 from vllm_babai.triton_kernels.tuning.timing import copies_needed, seconds_per_call
 
 OVERFLOW_RATE = 0.01
@@ -94,15 +94,26 @@ def launchable(configs: Sequence[Config], launch: Callable[[Config], object]) ->
     return [config for config, done in zip(configs, succeeded, strict=True) if done or succeeds_alone(config)]
 
 
-def random_layout(geometry: Geometry, overflow_rate: float, device: torch.device, seed: int = 0) -> DeviceLayout:
-    """A layer of random integers with one scale per row; any pattern of bits is a valid dense part."""
+def random_layout(
+    geometry: Geometry, overflow_rate: float, device: torch.device, seed: int = 0, groups: int = 1
+) -> DeviceLayout:
+    """A layer of random integers with `groups` scales a row; overflow lies at the ends of the dense range."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (geometry.padded_rows // TILE_ROWS, geometry.column_blocks, geometry.words, TILE_ROWS, PAIRS)
-    dense = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device)
-    scales = torch.rand(1, geometry.padded_rows, generator=generator).mul(0.02).bfloat16().to(device)
-    count = int(overflow_rate * geometry.out_features * geometry.in_features)
-    place = torch.randint(geometry.out_features * geometry.in_features, (count,), generator=generator).unique()
-    excess = torch.randint(1, 4, place.shape, generator=generator) * torch.randint(0, 2, place.shape).mul(2).sub(1)
-    overflow = Overflow((place // geometry.in_features).int(), (place % geometry.in_features).int(), excess.int())
-    entries, offsets = pack_overflow(overflow, geometry)
-    return DeviceLayout(dense, scales, entries.to(device), offsets.to(device))
+    rows, columns = geometry.out_features, geometry.in_features
+    low, high = integer_range(geometry.bits)
+    place = torch.randint(rows * columns, (int(overflow_rate * rows * columns),), generator=generator).unique()
+    excess = torch.randint(1, 4, place.shape, generator=generator)
+    excess *= torch.randint(0, 2, place.shape, generator=generator).mul(2).sub(1)
+    entries, offsets = pack_overflow(
+        Overflow((place // columns).int(), (place % columns).int(), excess.int()), geometry
+    )
+    place, end = place.to(device), torch.where(excess > 0, high, low).short().to(device)
+    tiles = []
+    for first in range(0, rows, ROWS_AT_A_TIME):
+        count = min(ROWS_AT_A_TIME, rows - first)
+        integers = torch.randint(low, high + 1, (count, columns), dtype=torch.int16, device=device)
+        own = (place >= first * columns) & (place < (first + count) * columns)
+        integers.view(-1)[place[own] - first * columns] = end[own]
+        tiles.append(pack_rows(integers, geometry))
+    scales = torch.rand(groups, geometry.padded_rows, generator=generator).mul(0.02).bfloat16().to(device)
+    return DeviceLayout(torch.cat(tiles), scales, entries.to(device), offsets.to(device))
