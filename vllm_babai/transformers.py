@@ -1,10 +1,13 @@
 """Loading a quantized checkpoint in transformers: `import vllm_babai.transformers`, then `from_pretrained` as usual.
 
-The quantized linears become modules that hold their weights as vLLM does and multiply by the same ops. The import makes
+The quantized linears become modules that hold their weights as vLLM does and multiply by the same ops; experts, which
+transformers keeps in one tensor for all, become dense. The import makes
 format and quantizer known to transformers, which finds no plugins by itself. Without it transformers would only warn,
 and start from random weights: so `attn_implementation` in config.json has a value that it refuses, see `format.config`.
 """
 
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from vllm_babai.format.checksums import check_kept
 from vllm_babai.format.config import QUANT_METHOD, without_refusal
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
 from vllm_babai.offline.model.complete import check_complete
+from vllm_babai.offline.model.dense import dense_tensors
 from vllm_babai.offline.model.view import view_checkpoint
 from vllm_babai.plugin.readers import READERS
 from vllm_babai.plugin.readers.reader import StoredLinear, Window, check_dtypes
@@ -76,11 +80,15 @@ class BabaiQuantizationConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class BabaiQuantizer(HfQuantizer):
-    """Puts `BabaiLinear`s in the place of quantized linears, and fills them once the other weights are loaded."""
+    """Puts `BabaiLinear`s in the place of quantized linears, and fills them once the other weights are loaded.
+
+    experts: quantized linears of which the model has no module of their own.
+    """
 
     requires_calibration = True
     quantization_config: BabaiQuantizationConfig
     checkpoint: Checkpoint
+    experts: list[str]
 
     def is_serializable(self) -> bool:
         """No: the modules hold what their device takes, not what a checkpoint stores."""
@@ -104,24 +112,21 @@ class BabaiQuantizer(HfQuantizer):
         keys = tuple(FORMATS[self.quantization_config.checkpoint.format].dtypes)
         first = keys[0]
         linears = [name.removesuffix(f".{first}") for name in self.checkpoint.files if name.endswith(f".{first}")]
-        view = view_checkpoint(
-            Checkpoint(self.checkpoint.folder, {f"{name}.weight": Path() for name in linears}), model
-        )
+        weights = {f"{name}.weight": Path() for name in linears}
+        view = view_checkpoint(Checkpoint(self.checkpoint.folder, weights), model)
         names = {view.stored_name(name): name.removesuffix(".weight") for name in view.sources}
-        for stored in linears:
-            name = names.get(f"{stored}.weight")
-            if name is None:
-                raise FormatError(
-                    f"{stored}: transformers has no linear of its own for it, which babai needs here; make the"
-                    " checkpoint dense with: babai convert OUT NEW --to dense"
-                )
+        alone = {stored: names[f"{stored}.weight"] for stored in linears if f"{stored}.weight" in names}
+        for stored, name in alone.items():
             model.set_submodule(name, BabaiLinear(model.get_submodule(name), stored))
-        expected = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = expected | {rf"\.({'|'.join(keys)})$"}
+        self.experts = [stored for stored in linears if stored not in alone]
+        if self.experts:  # which are filled afterwards
+            model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), r"\.experts\."}
+        unexpected = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = unexpected | {rf"\.({'|'.join(keys)})$"}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config.checkpoint
-        check_complete(self.checkpoint)
+        checkpoint = check_complete(self.checkpoint)
         check_kept(sorted(set(self.checkpoint.files.values())), config.checksums or {})
         for name, module in model.named_modules():
             if isinstance(module, BabaiLinear):
@@ -131,7 +136,37 @@ class BabaiQuantizer(HfQuantizer):
                     module.fill(tensors, config, _device(model, name))
                 except FormatError as error:
                     raise FormatError(f"{module.stored}: {error}") from error
+        for _, stored in groupby(self.experts, lambda name: name.partition(".experts.")[0]):
+            _fill_experts(model, checkpoint, list(stored))
         return model
+
+
+@dataclass(frozen=True)
+class InMemory(Checkpoint):
+    """Tensors that are read from memory, under their names in a checkpoint."""
+
+    tensors: dict[str, Tensor]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called `name`."""
+        return self.tensors[name]
+
+
+def _fill_experts(model: PreTrainedModel, checkpoint: Checkpoint, linears: list[str]) -> None:
+    """Give the experts of a block their weights, dense, as transformers keeps all of them in one tensor.
+
+    Raises FormatError where the model has no place for them.
+    """
+    keys = {name for linear in linears for name in checkpoint.files if name.rpartition(".")[0] == linear}
+    tensors = dict(dense_tensors(checkpoint, sorted(keys)))
+    view = view_checkpoint(InMemory(checkpoint.folder, dict.fromkeys(tensors, Path()), tensors), model)
+    if lost := tensors.keys() - {stored for name in view.sources for stored in view.stored(name)}:
+        raise FormatError(f"{min(lost)}: {type(model).__name__} of this version of transformers has no place for it")
+    for name in view.sources:
+        parent, _, own = name.rpartition(".")
+        like = model.get_parameter(name)
+        value = view.read(name).to(_device(model, parent), like.dtype)
+        setattr(model.get_submodule(parent), own, nn.Parameter(value, requires_grad=False))
 
 
 def _device(model: PreTrainedModel, name: str) -> torch.device:

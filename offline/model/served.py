@@ -1,6 +1,6 @@
 """What vLLM makes of a model's linears: some become one layer, and some it cannot quantize.
 
-Read off vLLM's model classes (0.32): `tests/unit/test_architectures.py` builds them on the meta device with a
+Read off vLLM's model classes (0.32): `tests/unit/test_plugin_architectures.py` builds them on the meta device with a
 configuration that notes which layers ask for a method, and compares.
 """
 

@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import configuration, save_random
+from architectures import TEXT, configuration, save_random
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    MixtralConfig,
+)
 
 from vllm_babai.format import FormatError
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
@@ -18,9 +25,12 @@ from vllm_babai.offline.model.complete import check_complete
 from vllm_babai.offline.tools.convert import convert
 from vllm_babai.transformers import BabaiLinear
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
 
 def quantized(name: str, folder: Path, text: Path, **options: Any) -> Path:
-    source = save_random(configuration(name), folder / "source")
+    config = MixtralConfig(**TEXT, **EXPERTS) if name == "mixtral" else configuration(name)
+    source = save_random(config, folder / "source")
     fast = {"samples": 2, "sequence_length": 32, "paths": 1, "sensitivity": False, "drift": False}
     return quantize(source, folder / "out", QuantizeOptions(**{"calibration": str(text), **fast, **options}))
 
@@ -37,13 +47,14 @@ def logits(model: nn.Module) -> Tensor:
         return model(tokens, use_cache=False).logits
 
 
-# Names as in transformers, of a wrapper, of a hybrid with a prefix of its own; the other formats; a quantized head.
+# Names as in transformers, of a wrapper, of a hybrid with a prefix of its own; experts; formats; a quantized head.
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("qwen2", {"bits": 3, "lm_head": 5}),
         ("gemma3", {}),
         ("nemotron-h", {}),
+        ("mixtral", {}),
         ("llama", {"format": "hptq", "rate": 3.0, "sensitivity": True, "lm_head": 5.0}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
@@ -53,7 +64,8 @@ def test_equals_the_dense_twin(name: str, options: dict[str, Any], tmp_path: Pat
     dense = load(convert(out, tmp_path / "dense", "dense", torch.float32))
     model = load(out)
     layers = [module for module in model.modules() if isinstance(module, BabaiLinear)]
-    assert {layer.stored for layer in layers} == check_complete(open_checkpoint(out)).linears.keys()
+    linears = check_complete(open_checkpoint(out)).linears
+    assert {layer.stored for layer in layers} == {linear for linear in linears if ".experts." not in linear}
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-4)
 
 
