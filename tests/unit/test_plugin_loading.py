@@ -21,7 +21,7 @@ ALWAYS = (("falcon-h1", 1), ("granite4", 1), ("gemma4", 2))
 # What vLLM 0.32 has no class for, or needs torchvision to load.
 NOT_SERVED = ("bamba", "diffllama", "olmo-hybrid", "recurrent-gemma", "qwen3-next")
 WRAPPERS = ("gemma3", "llava", "mistral3", "qwen2.5-vl", "qwen3-vl", "qwen3.5", "qwen3.5-text")
-# Several ranks repeat the one group of Granite 4's state-space layers, which vLLM does for tensors called `weight` alone.
+# Several ranks repeat the one group of Granite 4's state-space layers: vLLM does it for tensors called `weight` alone.
 # The others are in vLLM's Transformers backend, which cuts them by transformers' plan and not by its own classes.
 ONE_RANK = ("granite4", "arcee", "glm", "gpt-neox", "helium", "nanochat", "olmo2")
 CASES = [(name, ranks) for name in ARCHITECTURES if name not in NOT_SERVED + WRAPPERS for ranks in (1, 2)]
