@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from harness import RESULTS, command_line, machine, panels, save_plot
 from rich.console import Console
@@ -18,16 +19,20 @@ from rich.table import Table
 from torch import Tensor
 
 from vllm_babai.files import write_atomically
+from vllm_babai.format.trellis.code import TILE_COLUMNS, TILE_ROWS
+from vllm_babai.format.trellis.window import NO_ROW, TrellisWindow
 from vllm_babai.ops.layout import DeviceLayout
-from vllm_babai.triton_kernels import matmul
+from vllm_babai.triton_kernels import matmul, multiply_trellis, trellis_layout
 from vllm_babai.triton_kernels.configs import Target, file_name
 from vllm_babai.triton_kernels.dequantize import dequantize
 from vllm_babai.triton_kernels.layout import Geometry
+from vllm_babai.triton_kernels.trellis.dequantize import dequantize as dequantize_trellis
 from vllm_babai.triton_kernels.tuning.bench import random_layout
 from vllm_babai.triton_kernels.tuning.timing import copies_needed, copy_bandwidth, seconds_per_call
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 BITS = (2, 3, 4, 5, 8)
+TRELLIS_BITS = (2.0, 2.5, 3.0, 4.0)
 SHAPES = {  # output × input features
     "Llama-3-8B qkv": (6144, 4096),
     "Llama-3-8B output": (4096, 4096),
@@ -209,6 +214,38 @@ def time_babai(
         )
 
 
+def time_trellis(
+    layer: str, bits: float, shape: tuple[int, int], device: torch.device, tokens: tuple[int, ...]
+) -> Iterator[Timing]:
+    """Time a trellis of random words, all of whose tiles have 2 · bits a pair, after a check of the result."""
+    blocks, tiles = -(-shape[0] // TILE_ROWS), -(-shape[1] // TILE_COLUMNS)
+    generator, name = np.random.default_rng(0), f"babai trellis {bits:g} bits"
+    rates = np.full((blocks, tiles), round(2 * bits), np.uint8)
+    places = np.arange(blocks * TILE_ROWS, dtype=np.int32).reshape(blocks, TILE_ROWS)
+    window = TrellisWindow(
+        shape[0],
+        rates,
+        generator.integers(0, 1 << 32, TILE_ROWS * int(rates.sum()), dtype=np.uint32),
+        np.zeros((blocks, TILE_ROWS), np.uint32),
+        np.where(places < shape[0], places, NO_ROW).astype(np.int32),
+        np.full((blocks, TILE_ROWS), 100, np.float32),
+    )
+    first = trellis_layout(window, device)
+    bytes_each = sum(tensor.nbytes for tensor in first.tensors)
+    copies = range(copies_needed(bytes_each, device) - 1)
+    layouts = [first, *(first._make([*(t.clone() for t in first.tensors), shape[0]]) for _ in copies)]
+    weight = dequantize_trellis(first, shape[1], torch.float32, Target.of(device).backend)
+    for m in tokens:
+        x = torch.randn(m, shape[1], dtype=torch.bfloat16, device=device)
+        exact = x.double() @ weight.double().t()
+        bf16_error = (x @ weight.bfloat16().t() - exact).norm()
+        error = float((multiply_trellis(x, first) - exact).norm() / bf16_error)
+        if not error <= ERROR_LIMIT:
+            raise SystemExit(f"{name}, {layer}, {m} tokens: error is {error:.2f} times that of bf16")
+        seconds = seconds_per_call([functools.partial(multiply_trellis, x, one) for one in layouts])
+        yield Timing(layer, name, *shape, m, seconds, bytes_each, error)
+
+
 def time_peer(
     layer: str, name: str, shape: tuple[int, int], device: torch.device, tokens: tuple[int, ...], log: Console
 ) -> Iterator[Timing]:
@@ -238,6 +275,8 @@ def measure(
             geometry = Geometry(bits, shape[1], shape[0])
             timings += time_babai(layer, geometry, 0.01, device, tokens)
             timings += time_babai(layer, geometry, 0.0, device, (1,))
+        for rate in TRELLIS_BITS:
+            timings += time_trellis(layer, rate, shape, device, tokens)
         log.print(f"timed {layer}")
         yield Report(torch.cuda.get_device_name(device), bandwidth, list(timings))
 

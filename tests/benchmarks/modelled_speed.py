@@ -30,6 +30,8 @@ LAUNCH = 1.5e-6  # seconds, assumed: from one kernel of a CUDA graph to the next
 STEP_CYCLES = 300  # assumed; from one integer of a lane to its next are two loads and some 20 dependent instructions
 DISK, PCIE, CORES = 1e9, 25e9, 8  # bytes per second, of PCIe 4.0 x16; CPU cores
 PACKED_RATE, CODED_RATE = 400e6, 550e6  # weights per second and core: load_time.py, without AVX-512
+TRELLIS_RATE = 1.2e9  # weights checked and laid out per second, measured on one core
+TILE_LIST = 32 / 1024  # bits per weight, of the list of tiles that the kernels take
 SSQR_RATE, LAYOUT_RATE = 2.4e9, 20e6  # weights checked, overflow entries laid out per second, measured on one core
 USABLE = 0.92  # of device memory: vLLM's default
 
@@ -102,14 +104,26 @@ def partial_bytes(launch: Launch, tokens: int) -> float:
 
 
 def fused_seconds(gpu: GPU, form: Format, shape: tuple[int, int], tokens: int) -> float:
-    """The kernel for dense + sparse. For 16 tokens the gate has sm_90 alone; the others are about as long."""
+    """The kernel for dense + sparse."""
     weights = shape[0] * shape[1]
-    case = f"{form.bits} bits, {tokens} token{'s' if tokens > 1 else ''}"
-    dense = GATE[gpu.architecture].get(case, GATE["sm_90"][case])["instructions_per_weight"]
+    dense = instructions(gpu, f"{form.bits} bits", tokens)
     issued = gpu.issue((dense + form.overflow * OVERFLOW_INSTRUCTIONS[tokens]) * weights)
     launch = launch_of(gpu, form.bits, shape, tokens)
     moved = gpu.move(form.memory / 8 * weights + partial_bytes(launch, tokens))
     return max(moved, issued) + LAUNCH * (2 if tokens > 1 else 1)  # several tokens: x is transposed first
+
+
+def trellis_seconds(gpu: GPU, form: Format, shape: tuple[int, int], tokens: int) -> float:
+    """The kernel for a trellis, all of whose tiles have the bits that are nearest."""
+    weights = shape[0] * shape[1]
+    issued = gpu.issue(instructions(gpu, f"trellis {form.bits} bits", tokens) * weights)
+    return max(gpu.move(form.memory / 8 * weights), issued) + 2 * LAUNCH  # x is prepared first
+
+
+def instructions(gpu: GPU, kernel: str, tokens: int) -> float:
+    """Per weight. For 16 tokens the gate has sm_90 alone; the others are about as long."""
+    case = f"{kernel}, {tokens} token{'s' if tokens > 1 else ''}"
+    return GATE[gpu.architecture].get(case, GATE["sm_90"][case])["instructions_per_weight"]
 
 
 def coded_seconds(gpu: GPU, form: Format, shape: tuple[int, int], tokens: int) -> float:
@@ -152,6 +166,8 @@ FORMATS = (
     dense_sparse("SSQR 4 bits, `--lm-head 5`", 4 + 0.01 * 10.5 + 16 / 4096, 4, SSQR_RATE, 4, 0.01, head=5.18),
     dense_sparse("SSQR 3 bits", 3 + 0.01 * 9.3 + 16 / 4096, 3, SSQR_RATE, 3, 0.01),
     dense_sparse("HPTQ 3.125 `packed`", 3.125, 4.3, CORES * PACKED_RATE, 4, 0.004),
+    Format("Trellis 2.125", 2.125, 2.125 + TILE_LIST, trellis_seconds, TRELLIS_RATE, bits=2),
+    Format("Trellis 3.125", 3.125, 3.125 + TILE_LIST, trellis_seconds, TRELLIS_RATE, bits=3),
     Format("HPTQ 3.125 `coded`", 3.125, 3.26, coded_seconds, CORES * CODED_RATE),
 )
 

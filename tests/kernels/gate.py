@@ -25,6 +25,9 @@ from vllm_babai.triton_kernels.dequantize import dense_kernel, dequantize_form, 
 from vllm_babai.triton_kernels.entropy import WARP, Streams, decode_kernel
 from vllm_babai.triton_kernels.fused import Operands, Tiling, fused_kernel, fused_tiling
 from vllm_babai.triton_kernels.layout import Geometry
+from vllm_babai.triton_kernels.trellis import arguments as trellis_arguments
+from vllm_babai.triton_kernels.trellis import dequantize as trellis_dequantize
+from vllm_babai.triton_kernels.trellis import fused as trellis_fused
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 TABLE = Path(__file__).with_name("gate.json")
@@ -46,6 +49,17 @@ MULTIPLY_CODED = {
     "shape": Shape("i32:16", "i32:16"),
     "groups": "i32",
 }
+
+TRELLIS = {
+    "layer": trellis_arguments.Layer("*i32", "*i32", "*i32", "*i32", "*fp32"),
+    "sizes": trellis_arguments.Sizes(n="i32:16", k="i32:16", blocks="i32:16", columns="i32:16"),
+}
+TRELLIS_FUSED = {
+    **TRELLIS,
+    "operands": trellis_fused.Operands("*fp16", "*fp32", "*fp32", "*i32", "*bf16"),
+    **dict.fromkeys(("m", "shares"), "i32"),
+}
+TRELLIS_DECODE = {**TRELLIS, "weight_ptr": "*bf16", **dict.fromkeys(("first_row", "last_row"), "i32")}
 
 
 def fused_types(dtype: str = "bf16") -> dict[str, Any]:
@@ -220,7 +234,7 @@ def gate(architecture: str) -> dict[str, dict[str, float]]:
         results[f"dequantize {bits} bits"] = measure(compiled, 0)
     compiled = compile_kernel(overflow_kernel, DEQUANTIZE, constants, architecture, 2)
     results["dequantize overflow"] = measure(compiled, 0)
-    return results | coded_gate(architecture, backend)
+    return results | coded_gate(architecture, backend) | trellis_gate(architecture, target)
 
 
 def coded_gate(architecture: str, backend: str) -> dict[str, dict[str, float]]:
@@ -237,6 +251,26 @@ def coded_gate(architecture: str, backend: str) -> dict[str, dict[str, float]]:
         name: measure(compile_kernel(kernel, types, {"BACKEND": backend} | constants, architecture, 1), WARP.value)
         for name, (kernel, types, constants) in chosen.items()
     }
+
+
+def trellis_gate(architecture: str, target: Target) -> dict[str, dict[str, float]]:
+    """Case → measures of the kernels of the trellis form. Each is compiled with the loop for one number of bits alone.
+
+    A turn of it takes STEP tiles. With the loops for all bits they take a minute each, and the loops are the same.
+    """
+    chosen = [(4, 1), (6, 1)]
+    if architecture == "sm_90":
+        chosen += [(5, 1), (8, 1), (10, 1), (4, 16), (6, 16), (4, 64)]
+    turn = trellis_arguments.STEP * trellis_arguments.TILE_ROWS * trellis_arguments.TILE_COLUMNS
+    results = {}
+    for bits, tokens in chosen:
+        tiling = trellis_fused.fused_tiling(tokens, target)._replace(low=bits, high=bits)
+        compiled = compile_kernel(trellis_fused.fused_kernel, TRELLIS_FUSED, {"TILING": tiling}, architecture, 1)
+        name = f"trellis {bits / 2:g} bits, {tokens} token{'s' if tokens > 1 else ''}"
+        results[name] = measure(compiled, turn)
+    constants = {"BITS": (4, 4), "SHARE": trellis_dequantize.ENTRIES, "BACKEND": target.backend}
+    compiled = compile_kernel(trellis_dequantize.decode_kernel, TRELLIS_DECODE, constants, architecture, 1)
+    return results | {"dequantize trellis": measure(compiled, 0)}
 
 
 def _record(architecture: str, measures: dict[str, dict[str, float]]) -> None:

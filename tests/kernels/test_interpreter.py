@@ -1,4 +1,7 @@
-"""Runs `interpreted.py`: Triton's interpreter has to be switched on before the kernels are defined, hence a process."""
+"""Runs `interpreted.py` and `interpreted_trellis.py`, in processes of their own.
+
+Triton's interpreter has to be switched on before the kernels are defined.
+"""
 
 import os
 import subprocess
@@ -7,12 +10,20 @@ from pathlib import Path
 
 import pytest
 
-SUITE = Path(__file__).with_name("interpreted.py")
+HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("chosen", ["test_widths", "test_overflow", "not test_widths and not test_overflow"])
-def test_kernels_in_the_interpreter(chosen: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, "-p", "no:cacheprovider", str(SUITE)]
+@pytest.mark.parametrize(
+    ("suite", "chosen"),
+    [
+        ("interpreted.py", "test_widths"),
+        ("interpreted.py", "test_overflow"),
+        ("interpreted.py", "not test_widths and not test_overflow"),
+        ("interpreted_trellis.py", "test"),
+    ],
+)
+def test_kernels_in_the_interpreter(suite: str, chosen: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, "-p", "no:cacheprovider", str(HERE / suite)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from trellis_cases import layout_of, random_trellis
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -13,11 +14,16 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, overflow, transpose, unpack
 from vllm_babai.triton_kernels.configs import BUCKETS, Config, Target
 from vllm_babai.triton_kernels.layout import Geometry
+from vllm_babai.triton_kernels.trellis import decode, prepare
+from vllm_babai.triton_kernels.trellis import dequantize as trellis_dequantize
+from vllm_babai.triton_kernels.trellis import fused as trellis_fused
+from vllm_babai.triton_kernels.trellis.arguments import arguments as trellis_arguments
 from vllm_babai.triton_kernels.tuning.bench import random_layout
 
 MODULES = (coded, dequantize, entropy, fused, overflow, transpose, unpack)
+MODULES += (decode, trellis_dequantize, trellis_fused, prepare)
 FUNCTIONS = {
-    f"{module.__name__.rpartition('.')[2]}.{name}": function
+    f"{module.__name__.removeprefix('vllm_babai.triton_kernels.')}.{name}": function
     for module in MODULES
     for name, function in vars(module).items()
     if isinstance(function, JITFunction) and function.__module__ == module.__name__
@@ -31,8 +37,10 @@ def test_kernels_have_few_parameters_and_a_docstring(name: str) -> None:
     assert inspect.getdoc(FUNCTIONS[name].fn), f"{name} has no docstring"
 
 
-def specialization(kernel: JITFunction, monkeypatch: pytest.MonkeyPatch, launch: Callable[[], Any]) -> list[Any]:
-    """What Triton distinguishes launches of `kernel` by, for the one that `launch` makes."""
+def specialization(
+    kernel: JITFunction, monkeypatch: pytest.MonkeyPatch, launch: Callable[[], Any], module: Any = fused
+) -> list[Any]:
+    """What Triton distinguishes launches of `kernel`, of a module, by, for the one that `launch` makes."""
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound: list[Any] = []
@@ -41,7 +49,7 @@ def specialization(kernel: JITFunction, monkeypatch: pytest.MonkeyPatch, launch:
         bound.append(bind(*arguments, **options)[1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(fused, kernel.__name__, _Launcher(record))
+        patch.setattr(module, kernel.__name__, _Launcher(record))
         launch()
     return bound[0]
 
@@ -88,3 +96,33 @@ def test_multiples_of_16_in_groups_are_noted(monkeypatch: pytest.MonkeyPatch) ->
     assert layer[1] == ("D",) * 6
     assert operands[1] == ("D",) * 4
     assert sizes[1] == ("D",) * 4
+
+
+@pytest.mark.parametrize("tokens", BUCKETS)
+def test_nor_does_it_for_a_trellis(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the kernel that prepares activations, and of the one that multiplies."""
+    layout = layout_of(random_trellis(64, 2048))
+    seen: dict[Any, list[Any]] = {prepare: [], trellis_fused: []}
+    for processors in (1, 16, 132):
+        target = Target("cuda", "sm_90", "of no GPU", processors)
+        for m in sorted({1 + tokens // 2, max(1, tokens - 1), tokens, tokens + 16 * (tokens == BUCKETS[-1])}):
+            x = torch.zeros(m, 2048, dtype=torch.bfloat16)
+            with monkeypatch.context() as patch:
+                patch.setattr(prepare, "prepare_kernel", _Launcher(lambda *arguments, **options: None))
+
+                def launch(x: torch.Tensor = x, target: Target = target) -> Any:
+                    return trellis_fused.multiply_fused(x, layout, tokens, target)
+
+                found = specialization(trellis_fused.fused_kernel, monkeypatch, launch, trellis_fused)
+                seen[trellis_fused].append(found)
+            sizes = trellis_arguments(layout, 2048)[1]
+            kernel = prepare.prepare_kernel
+            seen[prepare].append(
+                specialization(
+                    kernel,
+                    monkeypatch,
+                    lambda x=x, target=target, s=sizes: prepare.prepare(x, s, len(x), target),
+                    prepare,
+                )
+            )
+    assert all(one == of_kernel[0] for of_kernel in seen.values() for one in of_kernel)

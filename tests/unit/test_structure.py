@@ -19,7 +19,7 @@ FLOORS = (
     "vllm_babai.format.config",
     "vllm_babai.ops.",
     "vllm_babai.cpu.",
-    "vllm_babai.triton_kernels",
+    "vllm_babai.triton_kernels.",
     "vllm_babai.triton_kernels.tuning.",
     "vllm_babai.plugin.",
     "vllm_babai.offline.solver.",

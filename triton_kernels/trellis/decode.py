@@ -14,11 +14,13 @@ import triton.language as tl
 from vllm_babai.format.trellis.code import MULTIPLIERS
 from vllm_babai.triton_kernels.trellis.arguments import UNITS
 
+SIGNED = tuple(MULTIPLIERS.astype("int32").tolist())
+
+
 @triton.constexpr_function
 def multiplier(bits):
     """The multiplier for so many bits a pair, as int32."""
-    number = int(MULTIPLIERS[bits])
-    return number - (1 << 32) if number >= 1 << 31 else number
+    return SIGNED[bits]
 
 
 @triton.constexpr_function

@@ -18,7 +18,9 @@ ENTRIES = 8 * STEP  # of a block's list, that a program decodes
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row"])
-def decode_kernel(layer, weight_ptr, sizes, first_row, last_row, BITS: tl.constexpr, SHARE: tl.constexpr, BACKEND: tl.constexpr):
+def decode_kernel(
+    layer, weight_ptr, sizes, first_row, last_row, BITS: tl.constexpr, SHARE: tl.constexpr, BACKEND: tl.constexpr
+):
     """Decode a share of one block's tiles, of the rows from first_row to before last_row.
 
     layer, sizes: `Layer`, `Sizes`. weight_ptr: [last_row − first_row, k]. BITS: the fewest and the most that tiles may
@@ -55,9 +57,7 @@ def decode_kernel(layer, weight_ptr, sizes, first_row, last_row, BITS: tl.conste
                 tl.store(row_ptrs + column, round_to(values, weight_ptr.dtype.element_ty, BACKEND), mask=mask)
 
 
-def dequantized_parts(
-    trellis: TrellisTensors, in_features: int, dtype: torch.dtype, backend: str
-) -> Iterator[Tensor]:
+def dequantized_parts(trellis: TrellisTensors, in_features: int, dtype: torch.dtype, backend: str) -> Iterator[Tensor]:
     """The weight [out_features, in_features], rounded once to bf16 or exact in fp32, some rows at a time: WORKSPACE
     weights at most, or one row. A block whose rows are in two parts is decoded twice.
     """

@@ -1,4 +1,4 @@
-"""Which kernel multiplies with a trellis: what the custom op calls, and the warm-up that spares serving all compiling."""
+"""Which kernel multiplies with a trellis: the entry of the custom op, and the warm-up that spares serving compiling."""
 
 import torch
 from torch import Tensor

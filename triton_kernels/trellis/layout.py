@@ -1,7 +1,6 @@
 """The device layout of the trellis form: the file's words, and a list of the tiles by their bits, made once at load.
 
-words: int32, lines of TILE_ROWS words: of every block of rows a line with the words before its first tile, then the
-    lines of its tiles as the file has them; at the end a line of zeros, since some lanes read one further than they need.
+words: int32, see `ops.trellis.words_in_lines`.
 starts: int32 [blocks, STARTS]: where the tiles of each number of bits begin in `tiles` (FEWEST_BITS first) and where
     the last ones end; then the first line of the block in `words`.
 tiles: int32 [entries], of one block after the other, in a block sorted by bits: a tile's column in tiles, above
@@ -13,16 +12,15 @@ places: int32 [blocks, TILE_ROWS]. scales: fp32 [blocks, TILE_ROWS]. As in the w
 A warp takes a block, or a share of its list. So all threads decode the same number of bits at the same time, in a loop
 made for it that switches nothing, and two blocks whose tiles differ meet in no warp. The order of columns in a sum is
 free; the list costs 32 bits a tile of 1024 weights, and four more for each run of odd length. Tiles in the order of
-columns with a switch in the loop took 3.4 instructions a weight at 2 bits instead of 2.1.
+columns with a switch in the loop took 3.4 instructions a weight at 2 bits instead of 2.2.
 """
 
 import numpy as np
 import torch
 
-from vllm_babai.format.trellis.blob import block_starts
-from vllm_babai.format.trellis.code import FEWEST_BITS, MOST_BITS, TILE_ROWS
+from vllm_babai.format.trellis.code import FEWEST_BITS, MOST_BITS
 from vllm_babai.format.trellis.window import TrellisWindow
-from vllm_babai.ops.trellis import TrellisTensors
+from vllm_babai.ops.trellis import TrellisTensors, words_in_lines
 from vllm_babai.triton_kernels.trellis.arguments import LINE_BITS, STEP
 
 MOST_TILES = 1 << (31 - LINE_BITS)  # in a row, the one of zeros included; their lines fit LINE_BITS
@@ -30,14 +28,14 @@ MOST_TILES = 1 << (31 - LINE_BITS)  # in a row, the one of zeros included; their
 
 def trellis_layout(window: TrellisWindow, device: torch.device) -> TrellisTensors:
     """Arrange a window for the kernels. Raises ValueError for more columns than an entry can name."""
-    blocks, tiles = window.rates.shape
+    tiles = window.rates.shape[1]
     if tiles >= MOST_TILES:
         raise ValueError(f"{tiles} tiles in a row of the trellis form; the kernels take fewer than {MOST_TILES}")
     entries, runs = _sorted_tiles(window.rates)
-    lines = block_starts(window.rates)[:-1] // TILE_ROWS + np.arange(blocks)  # one more before every block
-    starts = np.column_stack([runs, lines])
+    lines, firsts = words_in_lines(window)
+    starts = np.column_stack([runs, firsts])
     return TrellisTensors(
-        torch.from_numpy(_lines(window)).to(device),
+        torch.from_numpy(lines.reshape(-1)).to(device),
         torch.from_numpy(starts.astype(np.int32)).to(device),
         torch.from_numpy(entries).to(device),
         torch.from_numpy(window.places).to(device),
@@ -46,21 +44,9 @@ def trellis_layout(window: TrellisWindow, device: torch.device) -> TrellisTensor
     )
 
 
-def _lines(window: TrellisWindow) -> np.ndarray:
-    """`words`, int32."""
-    starts = block_starts(window.rates)
-    lines = np.zeros((starts[-1] // TILE_ROWS + len(window.rates) + 1, TILE_ROWS), np.uint32)
-    first = starts[:-1] // TILE_ROWS + np.arange(len(window.rates))
-    lines[first] = window.before
-    rest = np.ones(len(lines), bool)
-    rest[first] = rest[-1] = False
-    lines[rest] = window.words.reshape(-1, TILE_ROWS)
-    return lines.reshape(-1).view(np.int32)
-
-
 def _sorted_tiles(rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Entries of all blocks, int32, and where each run of equal bits begins and the last one ends, [blocks, runs + 1]."""
-    blocks, tiles = rates.shape
+    """Entries of all blocks, int32; where each run of equal bits begins and the last one ends, [blocks, runs + 1]."""
+    tiles = rates.shape[1]
     bits = rates.astype(np.int64)
     lines = np.cumsum(bits, 1) - bits
     counts = np.stack([(bits == width).sum(1) for width in range(FEWEST_BITS, MOST_BITS + 1)], 1)

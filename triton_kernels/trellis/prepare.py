@@ -36,7 +36,8 @@ class Prepared(NamedTuple):
 def prepare_kernel(x_ptr, prepared, sizes, programs, counters, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr):
     """Scale one token, pad it with zeros, and clear some of the arrival counters.
 
-    x_ptr: [m, k]. prepared, sizes: `Prepared`, `Sizes`. programs: m. DEPENDENT: the next kernel may start at once, see above. Grid: [m].
+    x_ptr: [m, k]. prepared, sizes: `Prepared`, `Sizes`. programs: m. DEPENDENT: the next kernel may start at once.
+    Grid: [m].
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
@@ -56,7 +57,9 @@ def prepare_kernel(x_ptr, prepared, sizes, programs, counters, CHUNK: tl.constex
     for first in range(0, sizes.columns, CHUNK):
         column = first + inside
         x = tl.load(x_ptr + column, mask=column < sizes.k, other=0.0).to(tl.float32) * factor
-        tl.store(prepared.x + token.to(tl.int64) * sizes.columns + column, x.to(tl.float16), mask=column < sizes.columns)
+        tl.store(
+            prepared.x + token.to(tl.int64) * sizes.columns + column, x.to(tl.float16), mask=column < sizes.columns
+        )
 
 
 def prepare(x: Tensor, sizes: Sizes, counters: int, target: Target) -> Prepared:

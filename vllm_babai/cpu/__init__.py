@@ -2,13 +2,14 @@
 
 from vllm_babai.cpu.backend import device_layout, matmul, warm_up
 from vllm_babai.cpu.entropy import multiply_coded, warm_up_coded
-from vllm_babai.cpu.trellis import multiply_trellis, warm_up_trellis
+from vllm_babai.cpu.trellis import multiply_trellis, trellis_layout, warm_up_trellis
 
 __all__ = [
     "device_layout",
     "matmul",
     "multiply_coded",
     "multiply_trellis",
+    "trellis_layout",
     "warm_up",
     "warm_up_coded",
     "warm_up_trellis",

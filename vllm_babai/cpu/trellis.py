@@ -22,8 +22,9 @@ from vllm_babai.compiled import compiled
 from vllm_babai.cpu.ir import F32x16, I32x16, compile_function, fma, new_function, offset
 from vllm_babai.cpu.loops import _call
 from vllm_babai.format.trellis.code import MASK, MOST_BITS, MULTIPLIERS, TILE_COLUMNS, TILE_ROWS
+from vllm_babai.format.trellis.window import TrellisWindow
 from vllm_babai.llvm import I16, I64, constant, load, splat, store
-from vllm_babai.ops.trellis import TrellisTensors
+from vllm_babai.ops.trellis import TrellisTensors, words_in_lines
 
 MOST_TOKENS = 4  # in one pass of a tile's kernel: their 8 sums, and what decodes, fit in AVX-512's vector registers
 DECODE_TOKENS = 16  # from here on, a dense matrix is decoded and multiplied
@@ -135,6 +136,19 @@ def _one_column(builder: ir.IRBuilder, word: ir.Value, column: int) -> ir.Value:
     return builder.fpext(builder.bitcast(pattern, F16x16), F32x16)
 
 
+def trellis_layout(window: TrellisWindow, device: torch.device) -> TrellisTensors:
+    """See `ops.backends.Backend`. starts: int32 [blocks], first lines. tiles: uint8 [blocks, tiles], as stored."""
+    lines, firsts = words_in_lines(window)
+    return TrellisTensors(
+        torch.from_numpy(lines.reshape(-1)).to(device),
+        torch.from_numpy(firsts.astype(np.int32)).to(device),
+        torch.from_numpy(window.rates).to(device),
+        torch.from_numpy(window.places).to(device),
+        torch.from_numpy(window.scales).to(device),
+        window.rows,
+    )
+
+
 def multiply_trellis(x: Tensor, trellis: TrellisTensors) -> Tensor:
     """x [..., in] in bfloat16, float16 or float32 → x Wᵀ [..., out] in the same; see `ops.backends.Backend`."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
@@ -158,43 +172,41 @@ def _kernels(rates: np.ndarray, address: Callable[[int], int]) -> np.ndarray:
 
 
 def _multiply_tiles(x: Tensor, trellis: TrellisTensors) -> Tensor:
-    words, starts, rates, before, places, scales = (tensor.numpy() for tensor in trellis.tensors)
+    words, starts, rates, places, scales = (tensor.numpy() for tensor in trellis.tensors)
     padded = np.zeros((len(x), rates.shape[1] * TILE_COLUMNS), np.float32)
     padded[:, : x.shape[1]] = x.float().numpy()
     y = torch.empty(len(x), trellis.out_features)
     for first in range(0, len(x), MOST_TOKENS):
         some = padded[first : first + MOST_TOKENS]
         kernels = _kernels(rates, partial(multiply_kernel, tokens=len(some)))
-        run_tiles(kernels, some, words, starts, rates, before, places, scales, y[first : first + MOST_TOKENS].numpy())
+        run_tiles(kernels, some, words, starts, rates, places, scales, y[first : first + MOST_TOKENS].numpy())
     return y.to(x.dtype)
 
 
 def _multiply_decoded(x: Tensor, trellis: TrellisTensors) -> Tensor:
-    words, starts, rates, before, _, scales = (tensor.numpy() for tensor in trellis.tensors)
+    words, starts, rates, _, scales = (tensor.numpy() for tensor in trellis.tensors)
     kernels = _kernels(rates, decode_kernel)
     y = x.new_empty(len(x), trellis.out_features)
     for first in range(0, len(rates), DECODED_BLOCKS):
         some = slice(first, first + DECODED_BLOCKS)
         weight = torch.empty(rates.shape[1] * TILE_COLUMNS, len(rates[some]) * TILE_ROWS)
-        decode_tiles(kernels, words, starts[some], rates[some], before[some], scales[some], weight.numpy())
+        decode_tiles(kernels, words, starts[some], rates[some], scales[some], weight.numpy())
         own = trellis.places[some].reshape(-1).long()
         y[:, own[own >= 0]] = (x @ weight[: x.shape[1]].to(x.dtype))[:, own >= 0]
     return y
 
 
 @partial(compiled, parallel=True)
-def run_tiles(kernels, x, words, starts, rates, before, places, scales, y):
+def run_tiles(kernels, x, words, starts, rates, places, scales, y):
     """y[token, row] = x Wᵀ for up to MOST_TOKENS tokens. x: float32 [tokens, tiles · TILE_COLUMNS]."""
     tokens, tiles = len(x), rates.shape[1]
     for block in prange(len(rates)):
         sums = np.zeros((tokens, TILE_ROWS, 2), np.float32)
-        words_at = np.int64(words.ctypes.data) + 4 * np.int64(starts[block])
-        before_at = np.int64(before[block].ctypes.data)
+        words_at = np.int64(words.ctypes.data) + WORD_BYTES * (np.int64(starts[block]) + 1)
         for tile in range(tiles):
             x_at = np.int64(x.ctypes.data) + 4 * TILE_COLUMNS * tile
-            _call(kernels[rates[block, tile]], (words_at, before_at, x_at, x.strides[0], sums.ctypes.data))
+            _call(kernels[rates[block, tile]], (words_at, words_at - WORD_BYTES, x_at, x.strides[0], sums.ctypes.data))
             words_at += WORD_BYTES * np.int64(rates[block, tile])
-            before_at = words_at - WORD_BYTES
         for row in range(TILE_ROWS):
             place = places[block, row]
             if place >= 0:
@@ -203,15 +215,13 @@ def run_tiles(kernels, x, words, starts, rates, before, places, scales, y):
 
 
 @partial(compiled, parallel=True)
-def decode_tiles(kernels, words, starts, rates, before, scales, weight):
+def decode_tiles(kernels, words, starts, rates, scales, weight):
     """weight[column, place] = scale · value, float32 [tiles · TILE_COLUMNS, blocks · TILE_ROWS], of some blocks."""
     for block in prange(len(rates)):
-        words_at = np.int64(words.ctypes.data) + 4 * np.int64(starts[block])
-        before_at = np.int64(before[block].ctypes.data)
+        words_at = np.int64(words.ctypes.data) + WORD_BYTES * (np.int64(starts[block]) + 1)
         weight_at = np.int64(weight.ctypes.data) + WORD_BYTES * block
         for tile in range(rates.shape[1]):
             column_at = weight_at + TILE_COLUMNS * tile * weight.strides[0]
-            arguments = (words_at, before_at, scales[block].ctypes.data, column_at, weight.strides[0])
+            arguments = (words_at, words_at - WORD_BYTES, scales[block].ctypes.data, column_at, weight.strides[0])
             _call(kernels[rates[block, tile]], arguments)
             words_at += WORD_BYTES * np.int64(rates[block, tile])
-            before_at = words_at - WORD_BYTES

@@ -1,7 +1,7 @@
 """Which package multiplies on which type of device: the one registry of backends.
 
 To add a device, write a package whose `__init__` has the functions of `Backend` and name it in `BACKENDS`; then
-register the two ops for the device's dispatch key in `ops.matmul` and `ops.coded`.
+register the ops for the device's dispatch key in `ops.matmul`, `ops.coded` and `ops.trellis`.
 """
 
 from functools import cache
@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm_babai.format import Overflow
 
 if TYPE_CHECKING:
+    from vllm_babai.format.trellis.window import TrellisWindow
     from vllm_babai.ops.coded import CodedTensors
     from vllm_babai.ops.layout import DeviceLayout
     from vllm_babai.ops.trellis import TrellisTensors
@@ -48,8 +49,11 @@ class Backend(Protocol):
     def warm_up_coded(self, coded: "CodedTensors", in_features: int, dtype: torch.dtype) -> None:
         """Compile everything that `multiply_coded` may use for this linear and activations of `dtype`."""
 
+    def trellis_layout(self, window: "TrellisWindow", device: torch.device) -> "TrellisTensors":
+        """Arrange a linear in tiles of a trellis for `multiply_trellis`, once at load."""
+
     def multiply_trellis(self, x: Tensor, trellis: "TrellisTensors") -> Tensor:
-        """As `matmul`, for a linear in tiles of a trellis. A backend may lack this and the next."""
+        """As `matmul`, for a linear in tiles of a trellis."""
 
     def warm_up_trellis(self, trellis: "TrellisTensors", in_features: int, dtype: torch.dtype) -> None:
         """Compile everything that `multiply_trellis` may use for this linear and activations of `dtype`."""

@@ -2,25 +2,27 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_babai.format.trellis.blob import block_starts
+from vllm_babai.format.trellis.code import TILE_ROWS
 from vllm_babai.format.trellis.window import TrellisWindow
 from vllm_babai.ops.backends import backend
 
 
 class TrellisTensors(NamedTuple):
-    """The part of a layer that a rank holds, on its device, see `vllm_babai.format.trellis.window`.
+    """The part of a layer that a rank holds, on its device. Each backend defines `starts` and `tiles` of its own.
 
-    words: int32 [words]. starts: int32 [blocks + 1], where the words of each block begin. rates: uint8 [blocks, tiles].
-    before, places: int32 [blocks, 16]. scales: fp32 [blocks, 16]. out_features: rows of the layer.
+    words: int32, see `words_in_lines`. starts: int32 [blocks, …], where the words of each block begin, at least. tiles:
+    the bits of a pair in every tile, one block after the other. places: int32 [blocks, 16], the row that stands there,
+    or NO_ROW. scales: fp32 [blocks, 16]. out_features: rows of the layer.
     """
 
     words: Tensor
     starts: Tensor
-    rates: Tensor
-    before: Tensor
+    tiles: Tensor
     places: Tensor
     scales: Tensor
     out_features: int
@@ -31,22 +33,25 @@ class TrellisTensors(NamedTuple):
         return self[:-1]
 
 
-def trellis_tensors(window: TrellisWindow, device: torch.device) -> TrellisTensors:
-    """Place a window on a device; nothing is rearranged."""
-    return TrellisTensors(
-        torch.from_numpy(window.words.view("int32")).to(device),
-        torch.from_numpy(block_starts(window.rates).astype("int32")).to(device),
-        torch.from_numpy(window.rates).to(device),
-        torch.from_numpy(window.before.view("int32")).to(device),
-        torch.from_numpy(window.places).to(device),
-        torch.from_numpy(window.scales).to(device),
-        window.rows,
-    )
+def words_in_lines(window: TrellisWindow) -> tuple[np.ndarray, np.ndarray]:
+    """The words of a window in lines of TILE_ROWS, int32 [lines, TILE_ROWS], and the first line of every block, int64.
+
+    A block begins with the words before its first tile, where its states reach back to; then come its tiles, as they
+    are in the file. The last line is zeros, for kernels that read one further than they need.
+    """
+    blocks = len(window.rates)
+    firsts = block_starts(window.rates) // TILE_ROWS + np.arange(blocks + 1)
+    lines = np.zeros((firsts[-1] + 1, TILE_ROWS), np.uint32)
+    of_tiles = np.ones(len(lines), bool)
+    of_tiles[firsts] = False
+    lines[of_tiles] = window.words.reshape(-1, TILE_ROWS)
+    lines[firsts[:-1]] = window.before
+    return lines.view(np.int32), firsts[:-1]
 
 
 library = torch.library.Library("babai", "FRAGMENT")  # the op lives as long as this object
 library.define(
-    "trellis_matmul(Tensor x, Tensor words, Tensor starts, Tensor rates, Tensor before, Tensor places, Tensor scales,"
+    "trellis_matmul(Tensor x, Tensor words, Tensor starts, Tensor tiles, Tensor places, Tensor scales,"
     " int out_features) -> Tensor"
 )
 
@@ -60,4 +65,5 @@ def _trellis_matmul_fake(x: Tensor, *fields: Any) -> Tensor:
 
 
 library.impl("trellis_matmul", _trellis_matmul, "CPU")
+library.impl("trellis_matmul", _trellis_matmul, "CUDA")
 torch.library.register_fake("babai::trellis_matmul", _trellis_matmul_fake, lib=library)

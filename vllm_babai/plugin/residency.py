@@ -12,7 +12,7 @@ from vllm_babai.format.trellis.window import TrellisWindow
 from vllm_babai.ops.backends import backend
 from vllm_babai.ops.coded import CodedTensors, coded_tensors
 from vllm_babai.ops.layout import DeviceLayout
-from vllm_babai.ops.trellis import TrellisTensors, trellis_tensors
+from vllm_babai.ops.trellis import TrellisTensors
 
 DUMMY_SCALE = 1e-3  # as large as vLLM's own dummy weights
 DUMMY_SPACING = 100  # one weight of so many overflows
@@ -156,17 +156,12 @@ class Tiled:
     """
 
     activity: ClassVar[str] = "Placing"
-    names: ClassVar[tuple[str, ...]] = ("qweight", "starts", "rates", "before", "places", "scales")
-    may_shrink: ClassVar[frozenset[str]] = frozenset({"qweight"})  # the words of all tiles
+    names: ClassVar[tuple[str, ...]] = ("qweight", "starts", "tiles", "places", "scales")
+    may_shrink: ClassVar[frozenset[str]] = frozenset({"qweight", "tiles"})  # the words of all tiles, and their list
 
     def place(self, weight: TiledWeight, in_features: int, device: torch.device) -> Placed:
-        """See `Residency`. Raises NotImplementedError where the device's backend has no kernels for it."""
-        if not hasattr(backend(device.type), "multiply_trellis"):
-            raise NotImplementedError(
-                f"the trellis form has no kernels for {device.type} yet: serve it on a CPU, or make it an ordinary "
-                "checkpoint with `babai convert OUT NEW --to dense`"
-            )
-        trellis = trellis_tensors(weight.window, device)
+        """See `Residency`."""
+        trellis = backend(device.type).trellis_layout(weight.window, device)
         return Placed(dict(zip(self.names, trellis.tensors, strict=True)), (trellis.out_features,))
 
     def multiply(self, x: Tensor, tensors: list[Tensor], constants: tuple[int, ...]) -> Tensor:

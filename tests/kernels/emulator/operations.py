@@ -65,6 +65,7 @@ _ARITHMETIC: dict[str, Callable[..., Values]] = {  # on numbers of one type, in 
     "min": np.minimum,
     "max": np.maximum,
     "neg": np.negative,
+    "abs": np.abs,
     "not": np.invert,
     "and": np.bitwise_and,
     "or": np.bitwise_or,
@@ -152,6 +153,18 @@ def _permute_bytes(block: Block, one: Instruction, active: Mask) -> None:
         raise Fault("a permutation that repeats signs is not implemented")
     moved = ((both >> np.uint64(8 * (chosen >> 4 * i & 7)) & np.uint64(0xFF)) << np.uint64(8 * i) for i in range(4))
     block.set(target, reduce(np.bitwise_or, moved), active)
+
+
+@_operation("shf")
+def _funnel_shift(block: Block, one: Instruction, active: Mask) -> None:
+    """Shift two words side by side, the second operand being the upper one, and keep the upper or the lower word."""
+    if one.modifiers[1] != "wrap":
+        raise Fault("a funnel shift that clamps is not implemented")
+    target, lower, upper, count = one.operands
+    both = block.bits(upper) << np.uint64(32) | block.bits(lower)
+    shift = block.bits(count) & np.uint64(31)
+    moved = both << shift >> np.uint64(32) if one.modifiers[0] == "l" else both >> shift
+    block.set(target, moved & np.uint64(0xFFFFFFFF), active)
 
 
 @_operation("createpolicy", "bar", "fence", "griddepcontrol")
