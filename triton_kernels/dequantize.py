@@ -17,6 +17,7 @@ from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels.arguments import UNITS, arguments
 from vllm_babai.triton_kernels.layout import TILE_ROWS, Geometry
 from vllm_babai.triton_kernels.overflow import load_entry
+from vllm_babai.triton_kernels.tokens import multiply_parts
 from vllm_babai.triton_kernels.unpack import load_words, round_to, unpack_slot
 
 WORKSPACE = 1 << 27  # weights
@@ -130,15 +131,5 @@ def dequantized_parts(layout: DeviceLayout, geometry: Geometry, dtype: torch.dty
 
 
 def multiply_dequantized(x: Tensor, layout: DeviceLayout, geometry: Geometry, backend: str) -> Tensor:
-    """x [m, in_features] bf16, fp16 or fp32 → y [m, out_features] in x's dtype.
-
-    fp16 goes through bf16: fp16 has no room for small scales times large integers.
-    """
-    compute = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
-    inputs = x.to(compute)
-    y = inputs.new_empty(x.shape[0], geometry.out_features)
-    first = 0
-    for part in dequantized_parts(layout, geometry, compute, backend):
-        torch.mm(inputs, part.t(), out=y[:, first : first + len(part)])
-        first += len(part)
-    return y.to(x.dtype)
+    """See `tokens.multiply_parts`."""
+    return multiply_parts(x, geometry.out_features, lambda dtype: dequantized_parts(layout, geometry, dtype, backend))

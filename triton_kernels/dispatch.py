@@ -4,12 +4,11 @@ import torch
 from torch import Tensor
 
 from vllm_babai.ops.layout import DeviceLayout, check_shapes
-from vllm_babai.triton_kernels.configs import BUCKETS, Target, bucket, config_for, table_for
+from vllm_babai.triton_kernels.configs import Target, bucket, config_for
 from vllm_babai.triton_kernels.dequantize import multiply_dequantized
 from vllm_babai.triton_kernels.fused import multiply_fused
-from vllm_babai.triton_kernels.layout import MAX_M_TILES, Geometry, geometry_of
-
-ALIGNMENT = 16  # bytes; Triton compiles a kernel again for a pointer that is less aligned
+from vllm_babai.triton_kernels.layout import Geometry, geometry_of
+from vllm_babai.triton_kernels.tokens import aligned, goes_dequantized, warm_up_sizes
 
 
 def matmul(
@@ -24,10 +23,7 @@ def matmul(
     layout = DeviceLayout(dense, scales, entries, offsets)
     geometry = geometry_of(bits, x.shape[-1], out_features)
     _check_sizes(layout, geometry)
-    tokens = x.reshape(-1, geometry.in_features).contiguous()
-    if tokens.data_ptr() % ALIGNMENT:
-        tokens = tokens.clone()
-    return _multiply(tokens, layout, geometry).view(*x.shape[:-1], out_features)
+    return _multiply(aligned(x), layout, geometry).view(*x.shape[:-1], out_features)
 
 
 def _check_sizes(layout: DeviceLayout, geometry: Geometry) -> None:
@@ -48,7 +44,7 @@ def _multiply(x: Tensor, layout: DeviceLayout, geometry: Geometry) -> Tensor:
     if m == 0:
         return x.new_empty(0, geometry.out_features)
     target = Target.of(x.device)
-    if m >= table_for(target).dequantize_from or m > MAX_M_TILES * BUCKETS[-1] or x.dtype == torch.float32:
+    if goes_dequantized(m, x.dtype, target):
         return multiply_dequantized(x, layout, geometry, target.backend)
     tokens = bucket(m)
     shape = (geometry.out_features, geometry.in_features)
@@ -58,7 +54,6 @@ def _multiply(x: Tensor, layout: DeviceLayout, geometry: Geometry) -> Tensor:
 
 def warm_up(layout: DeviceLayout, bits: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
     """Launch every kernel that `matmul` may choose for this layer once, so that nothing compiles while serving."""
-    table = table_for(Target.of(layout.dense.device))
-    for m in (*BUCKETS, BUCKETS[-1] + 1, table.dequantize_from):
+    for m in warm_up_sizes(Target.of(layout.dense.device)):
         x = torch.zeros(m, in_features, dtype=dtype, device=layout.dense.device)
         matmul(x, *layout, bits, out_features)

@@ -21,10 +21,10 @@ from vllm_babai.triton_kernels.arguments import UNITS, arguments
 from vllm_babai.triton_kernels.configs import BUCKETS, Config, Target
 from vllm_babai.triton_kernels.layout import SLOT, Geometry
 from vllm_babai.triton_kernels.overflow import overflow_product, overflow_sum
+from vllm_babai.triton_kernels.tokens import SMALLEST_DOT
 from vllm_babai.triton_kernels.transpose import transpose
 from vllm_babai.triton_kernels.unpack import load_words, matrix_product, round_to, unpack_slot
 
-SMALLEST_DOT = {"cuda": 8, "hip": 16, "interpreter": 8}  # tokens that a matrix instruction takes at least
 OVERFLOW_FEATURES = 1 << 14  # that a program's overflow part gathers ahead, at most
 SUM_ELEMENTS = 4096  # partial sums that are loaded at a time, at most
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from vllm_babai.format.trellis.code import FEWEST_BITS, MOST_BITS
 from vllm_babai.ops.trellis import TrellisTensors
 from vllm_babai.triton_kernels.dequantize import WORKSPACE
+from vllm_babai.triton_kernels.tokens import multiply_parts
 from vllm_babai.triton_kernels.trellis.arguments import STEP, UNITS, arguments
 from vllm_babai.triton_kernels.trellis.decode import decode_run, halves, lane_start, load_run
 from vllm_babai.triton_kernels.unpack import round_to
@@ -92,8 +93,5 @@ def dequantize(trellis: TrellisTensors, in_features: int, dtype: torch.dtype, ba
 
 
 def multiply_dequantized(x: Tensor, trellis: TrellisTensors, backend: str) -> Tensor:
-    """x [m, in_features] bf16, fp16 or fp32 → y [m, out_features] in x's dtype. fp16 goes through bf16."""
-    compute = torch.bfloat16 if x.dtype == torch.float16 else x.dtype
-    inputs = x.to(compute)
-    parts = [torch.mm(inputs, part.t()) for part in dequantized_parts(trellis, x.shape[1], compute, backend)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
+    """See `tokens.multiply_parts`."""
+    return multiply_parts(x, trellis.out_features, lambda dtype: dequantized_parts(trellis, x.shape[1], dtype, backend))

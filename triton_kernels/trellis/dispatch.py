@@ -5,13 +5,11 @@ from torch import Tensor
 
 from vllm_babai.format.trellis.code import TILE_ROWS
 from vllm_babai.ops.trellis import TrellisTensors
-from vllm_babai.triton_kernels.configs import BUCKETS, Target, bucket, table_for
-from vllm_babai.triton_kernels.layout import MAX_M_TILES
+from vllm_babai.triton_kernels.configs import Target, bucket
+from vllm_babai.triton_kernels.tokens import aligned, goes_dequantized, warm_up_sizes
 from vllm_babai.triton_kernels.trellis.arguments import STARTS
 from vllm_babai.triton_kernels.trellis.dequantize import multiply_dequantized
 from vllm_babai.triton_kernels.trellis.fused import multiply_fused
-
-ALIGNMENT = 16  # bytes; Triton compiles a kernel again for a pointer that is less aligned
 
 
 def multiply_trellis(x: Tensor, trellis: TrellisTensors) -> Tensor:
@@ -24,10 +22,7 @@ def multiply_trellis(x: Tensor, trellis: TrellisTensors) -> Tensor:
     for name, shape in shapes.items():
         if getattr(trellis, name).shape != shape:
             raise ValueError(f"{name} of a trellis is {list(getattr(trellis, name).shape)}, not {list(shape)}")
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    if tokens.data_ptr() % ALIGNMENT:
-        tokens = tokens.clone()
-    return _multiply(tokens, trellis).view(*x.shape[:-1], trellis.out_features)
+    return _multiply(aligned(x), trellis).view(*x.shape[:-1], trellis.out_features)
 
 
 def _multiply(x: Tensor, trellis: TrellisTensors) -> Tensor:
@@ -35,13 +30,12 @@ def _multiply(x: Tensor, trellis: TrellisTensors) -> Tensor:
     if m == 0:
         return x.new_empty(0, trellis.out_features)
     target = Target.of(x.device)
-    if m >= table_for(target).dequantize_from or m > MAX_M_TILES * BUCKETS[-1] or x.dtype == torch.float32:
+    if goes_dequantized(m, x.dtype, target):
         return multiply_dequantized(x, trellis, target.backend)
     return multiply_fused(x, trellis, bucket(m), target)
 
 
 def warm_up_trellis(trellis: TrellisTensors, in_features: int, dtype: torch.dtype) -> None:
     """Launch every kernel that `multiply_trellis` may choose for this layer once: nothing compiles while serving."""
-    table = table_for(Target.of(trellis.words.device))
-    for m in (*BUCKETS, BUCKETS[-1] + 1, table.dequantize_from):
+    for m in warm_up_sizes(Target.of(trellis.words.device)):
         multiply_trellis(torch.zeros(m, in_features, dtype=dtype, device=trellis.words.device), trellis)

@@ -19,6 +19,7 @@ from torch import Tensor
 from vllm_babai.format.trellis.code import FEWEST_BITS, MOST_BITS, TILE_ROWS
 from vllm_babai.ops.trellis import TrellisTensors
 from vllm_babai.triton_kernels.configs import Target
+from vllm_babai.triton_kernels.tokens import SMALLEST_DOT
 from vllm_babai.triton_kernels.trellis.arguments import STEP, UNITS, arguments
 from vllm_babai.triton_kernels.trellis.decode import activations, decode_run, fragment, lane_start, load_run
 from vllm_babai.triton_kernels.trellis.prepare import prepare
@@ -29,7 +30,6 @@ SUM_ELEMENTS = 1024  # partial sums that a program loads at a time, at most
 # (`registers` in `tests/kernels/gate.json`). A choice: no GPU has timed it.
 PROGRAMS_PER_PROCESSOR = {1: 24, 8: 24, 16: 20, 32: 16, 64: 12}
 SMALLEST_SHARE = 4  # turns of a loop
-SMALLEST_DOT = {"cuda": 8, "hip": 16, "interpreter": 8}  # tokens that a matrix instruction takes at least
 
 
 class Operands(NamedTuple):
