@@ -1,7 +1,7 @@
 """Which package multiplies on which type of device: the one registry of backends.
 
-To add a device, write a package whose `__init__` has the functions of `Backend` and name it in `BACKENDS`; then
-register the ops for the device's dispatch key in `ops.matmul`, `ops.coded` and `ops.trellis`.
+To add a device, write a package whose `__init__` has the functions of `Backend` and name it in `BACKENDS`; then add
+the device's dispatch key to `ops.register`.
 """
 
 from functools import cache

@@ -11,6 +11,7 @@ from vllm_babai.format.entropy.code import padded
 from vllm_babai.format.entropy.hptq import MAX_LANES
 from vllm_babai.format.entropy.segments import FIELDS, SegmentedMatrix
 from vllm_babai.ops.backends import backend
+from vllm_babai.ops.register import register
 
 
 class CodedTensors(NamedTuple):
@@ -62,13 +63,6 @@ def multiply_decoded(x: Tensor, coded: CodedTensors, decode: Callable[[CodedTens
     return torch.nn.functional.linear(x.to(compute), decode(coded, workspace)).to(x.dtype)
 
 
-library = torch.library.Library("babai", "FRAGMENT")  # the op lives as long as this object
-library.define(
-    "coded_matmul(Tensor x, Tensor words, Tensor segments, Tensor states, Tensor row_class, Tensor column_class,"
-    " Tensor table, Tensor scales, int across) -> Tensor"
-)
-
-
 def _coded_matmul(x: Tensor, *fields: Any) -> Tensor:
     return backend(x.device.type).multiply_coded(x, CodedTensors(*fields))
 
@@ -77,6 +71,9 @@ def _coded_matmul_fake(x: Tensor, *fields: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], CodedTensors(*fields).row_class.shape[0])
 
 
-library.impl("coded_matmul", _coded_matmul, "CPU")
-library.impl("coded_matmul", _coded_matmul, "CUDA")
-torch.library.register_fake("babai::coded_matmul", _coded_matmul_fake, lib=library)
+library = register(
+    "coded_matmul(Tensor x, Tensor words, Tensor segments, Tensor states, Tensor row_class, Tensor column_class,"
+    " Tensor table, Tensor scales, int across) -> Tensor",
+    _coded_matmul,
+    _coded_matmul_fake,
+)

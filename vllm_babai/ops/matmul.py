@@ -1,15 +1,9 @@
 """The custom op `babai::matmul`: x Wᵀ with a weight that the device holds dense + sparse."""
 
-import torch
 from torch import Tensor
 
 from vllm_babai.ops.backends import backend
-
-library = torch.library.Library("babai", "FRAGMENT")  # the op lives as long as this object
-library.define(
-    "matmul(Tensor x, Tensor dense, Tensor scales, Tensor entries, Tensor offsets, int bits, int out_features)"
-    " -> Tensor"
-)
+from vllm_babai.ops.register import register
 
 
 def _matmul(
@@ -24,6 +18,9 @@ def _matmul_fake(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-library.impl("matmul", _matmul, "CPU")
-library.impl("matmul", _matmul, "CUDA")
-torch.library.register_fake("babai::matmul", _matmul_fake, lib=library)
+library = register(
+    "matmul(Tensor x, Tensor dense, Tensor scales, Tensor entries, Tensor offsets, int bits, int out_features)"
+    " -> Tensor",
+    _matmul,
+    _matmul_fake,
+)

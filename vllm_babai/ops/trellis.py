@@ -3,13 +3,13 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vllm_babai.format.trellis.blob import block_starts
 from vllm_babai.format.trellis.code import TILE_ROWS
 from vllm_babai.format.trellis.window import TrellisWindow
 from vllm_babai.ops.backends import backend
+from vllm_babai.ops.register import register
 
 
 class TrellisTensors(NamedTuple):
@@ -49,13 +49,6 @@ def words_in_lines(window: TrellisWindow) -> tuple[np.ndarray, np.ndarray]:
     return lines.view(np.int32), firsts[:-1]
 
 
-library = torch.library.Library("babai", "FRAGMENT")  # the op lives as long as this object
-library.define(
-    "trellis_matmul(Tensor x, Tensor words, Tensor starts, Tensor tiles, Tensor places, Tensor scales,"
-    " int out_features) -> Tensor"
-)
-
-
 def _trellis_matmul(x: Tensor, *fields: Any) -> Tensor:
     return backend(x.device.type).multiply_trellis(x, TrellisTensors(*fields))
 
@@ -64,6 +57,9 @@ def _trellis_matmul_fake(x: Tensor, *fields: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], TrellisTensors(*fields).out_features)
 
 
-library.impl("trellis_matmul", _trellis_matmul, "CPU")
-library.impl("trellis_matmul", _trellis_matmul, "CUDA")
-torch.library.register_fake("babai::trellis_matmul", _trellis_matmul_fake, lib=library)
+library = register(
+    "trellis_matmul(Tensor x, Tensor words, Tensor starts, Tensor tiles, Tensor places, Tensor scales,"
+    " int out_features) -> Tensor",
+    _trellis_matmul,
+    _trellis_matmul_fake,
+)
