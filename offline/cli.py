@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vllm_babai.errors import FormatError, QuantizationError
-from vllm_babai.offline.options import QuantizeOptions, check_given, torch_dtype
+from vllm_babai.offline.options import RATES, QuantizeOptions, check_given, torch_dtype
 
 if TYPE_CHECKING:
     from vllm_babai.offline.tools.evaluate import Evaluation
@@ -191,8 +191,9 @@ def predict(
     from vllm_babai.offline.tools.predict import predict as run
 
     _check_plot(plot)
-    if format == "hptq" and not 1 <= target_bits <= 8:
-        raise QuantizationError(f"--target-bits must be from 1 to 8 with hptq, not {target_bits}")
+    least, most = RATES["hptq"]
+    if format == "hptq" and not least <= target_bits <= most:
+        raise QuantizationError(f"--target-bits must be from {least} to {most} with hptq, not {target_bits}")
     goal = (
         replace(options, format="hptq", rate=target_bits)
         if format == "hptq"

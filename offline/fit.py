@@ -12,14 +12,13 @@ from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.skeleton import load_config
 from vllm_babai.offline.model.streamed import open_streamed
 from vllm_babai.offline.model.walk import parts_of
-from vllm_babai.offline.options import TRELLIS_RATES, QuantizeOptions
+from vllm_babai.offline.options import RATES, QuantizeOptions
 
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 USABLE = 0.92  # of a device's memory: vLLM's default --gpu-memory-utilization
 ACTIVATIONS = 2**30  # bytes for activations and graphs: a choice; vLLM prints what it really took
 MARGIN = 0.995  # of the rate: plans are met within half a percent
-LOWEST = {"ssqr": 2.05, "hptq": 1.0, "trellis": TRELLIS_RATES[0]}
-HIGHEST = {"ssqr": 8.5, "hptq": 8.0, "trellis": TRELLIS_RATES[1]}
+LEAST_SSQR = 2.05  # bits: what two take with their scales and hardly any overflow
 BYTES_PER_CACHED = 2  # bfloat16, vLLM's default for the KV cache of a bfloat16 model
 
 
@@ -38,13 +37,10 @@ def measure(model: str | Path, options: QuantizeOptions) -> Sizes:
     """What of a model's size quantization can change, and what it cannot. Raises QuantizationError like `prepare`."""
     checkpoint = open_checkpoint(model)
     streamed = open_streamed(checkpoint, torch.device("cpu"), torch.float32)
-    weights = 0
-    kept = streamed.checkpoint.bytes()
-    for part in parts_of(streamed, options):
-        linears = streamed.linears(part.name)
-        for name in part.linears:
-            weights += linears[name].weight.numel()
-            kept -= linears[name].weight.numel() * streamed.checkpoint.read(f"{name}.weight").element_size()
+    stored, parts = streamed.checkpoint, parts_of(streamed, options)
+    weights = sum(linear.weight.numel() for part in parts for linear in part.linears_of(streamed).values())
+    replaced = {name for part in parts for name in part.replaced if name in stored.files}
+    kept = stored.bytes() - sum(stored.size(name) for name in replaced)
     return Sizes(kept, weights, cache_bytes(load_config(checkpoint)))
 
 
@@ -90,12 +86,14 @@ def read_bytes(option: str, text: str) -> float:
 
 def _with_rate(options: QuantizeOptions, what: str, room: float, sizes: Sizes) -> QuantizeOptions:
     rate = MARGIN * 8 * (room - sizes.kept) / sizes.weights
-    least = LOWEST[options.format]
+    least, most = RATES[options.format]
+    if options.format == "ssqr":
+        least = LEAST_SSQR
     if rate < least:
         needed = (sizes.kept + least / MARGIN / 8 * sizes.weights) / 1e9
         raise QuantizationError(
             f"{what} leaves {max(room, 0) / 1e9:.2f} GB for weights: with {least} bits, the fewest that "
             f"--format {options.format} has, they need {needed:.2f} GB"
         )
-    rate = min(round(rate - 0.0005, 3), HIGHEST[options.format])
+    rate = min(round(rate - 0.0005, 3), most)
     return replace(options, rate=rate) if options.format == "hptq" else replace(options, target_bits=rate)

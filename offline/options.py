@@ -16,6 +16,8 @@ from vllm_babai.offline.solver.factor import ORDERS, Order
 # Bits per weight that a model can have in the trellis form: half of `code.FEWEST_BITS` and `code.MOST_BITS`, and what a
 # row of a small model takes besides.
 TRELLIS_RATES = (1.25, 5.0)
+# Bits per weight that may be asked for, by format.
+RATES = {"ssqr": (2, 8.5), "hptq": (1, 8), "trellis": TRELLIS_RATES}
 TRELLIS_DEFAULT = 3.125  # without --target-bits: a choice, the size of other tools' 3-bit groups of 128
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SEEDS = (-(2**63), 2**64 - 1)  # what torch.Generator takes
@@ -87,14 +89,9 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         _check("--bits", self.bits in BIT_WIDTHS, f"one of {BIT_WIDTHS}", self.bits)
         _check("--overflow", 0 <= self.overflow <= 0.2, "from 0 to 0.2", self.overflow)
-        _check("--rate", 1 <= self.rate <= 8, "from 1 to 8", self.rate)
-        if self.format == "trellis":
-            least, most = TRELLIS_RATES
-            wanted = f"from {least} to {most} with --format trellis"
-            _check("--target-bits", least <= (self.target_bits or TRELLIS_DEFAULT) <= most, wanted, self.target_bits)
-        elif self.target_bits is not None:
-            _check("--target-bits", 2 <= self.target_bits <= 8.5, "from 2 to 8.5", self.target_bits)
+        _check_rate("--rate", self.rate, "hptq")
         if self.target_bits is not None:
+            _check_rate("--target-bits", self.target_bits, "trellis" if self.format == "trellis" else "ssqr")
             _check("--target-bits", self.group_size == -1, "used without --group-size", self.target_bits)
             _check("--target-bits", self.sensitivity, "used with --sensitivity", self.target_bits)
         _check("--group-size", self.group_size in GROUP_SIZES, f"one of {GROUP_SIZES}", self.group_size)
@@ -109,8 +106,7 @@ class QuantizeOptions:
         if self.lm_head is not None and self.format == "ssqr":
             _check("--lm-head", self.lm_head in BIT_WIDTHS, f"one of {BIT_WIDTHS} in SSQR", self.lm_head)
         elif self.lm_head is not None:
-            least, most = TRELLIS_RATES if self.format == "trellis" else (1, 8)
-            _check("--lm-head", least <= self.lm_head <= most, f"from {least} to {most}", self.lm_head)
+            _check_rate("--lm-head", self.lm_head, self.format)
         for pattern in self.ignore:
             try:
                 re.compile(pattern)
@@ -124,8 +120,9 @@ class QuantizeOptions:
     @property
     def planned_rate(self) -> float | None:
         """Bits per weight that a plan shares out among the linears; None where each gets the same."""
-        defaults = {"hptq": self.rate, "trellis": TRELLIS_DEFAULT}
-        return self.target_bits or defaults.get(self.format)
+        if self.format == "hptq":
+            return self.rate
+        return self.target_bits or (TRELLIS_DEFAULT if self.format == "trellis" else None)
 
     @property
     def column_order(self) -> Order:
@@ -179,6 +176,11 @@ def check_given(given: Collection[str], form: str) -> None:
         if form not in formats:
             option = "--column-steps, --no-column-steps" if name == "column_steps" else f"--{name.replace('_', '-')}"
             raise QuantizationError(f"{option}: for --format {' or '.join(formats)} alone; leave it out with {form}")
+
+
+def _check_rate(option: str, rate: float, form: str) -> None:
+    (least, most), suffix = RATES[form], " with --format trellis" if form == "trellis" else ""
+    _check(option, least <= rate <= most, f"from {least} to {most}{suffix}", rate)
 
 
 def _check(option: str, holds: bool, wanted: str, value: object) -> None:

@@ -90,8 +90,8 @@ class RunFolder:
         experts: Sequence[ExpertsReport] = (),
     ) -> None:
         """Write a part: its quantized linears, and whatever else it holds in the original checkpoint as it was."""
-        replaced = {f"{report.name}.weight" for report in reports} | set(part.packed)
-        kept = [name for name in self.checkpoint.files if name.startswith(f"{part.name}.") and name not in replaced]
+        inside = [name for name in self.checkpoint.files if name.startswith(f"{part.name}.")]
+        kept = [name for name in inside if name not in part.replaced]
         report = {"layers": [asdict(each) for each in reports], "experts": [asdict(each) for each in experts]}
         write_atomically(self._report_file(part), json.dumps(report))
         save_atomically(self.partial / part.file, {name: self.checkpoint.read_kept(name) for name in kept} | quantized)
@@ -144,10 +144,7 @@ def open_run(
 def _expected_bytes(prepared: Prepared, options: QuantizeOptions) -> int:
     """Bytes of the checkpoint to come, about: the original's, with the bits asked for in place of 16."""
     model, saved = prepared.model, 16 - (options.planned_rate or options.bits)
-    weights = 0
-    for part in prepared.parts:
-        linears = model.linears(part.name)
-        weights += sum(linears[name].weight.numel() for name in part.linears)
+    weights = sum(linear.weight.numel() for part in prepared.parts for linear in part.linears_of(model).values())
     return model.checkpoint.bytes() - int(saved / 8 * weights)
 
 
@@ -155,7 +152,7 @@ def _sensitivity_bytes(prepared: Prepared, options: QuantizeOptions) -> int:
     """Bytes that the sensitivity takes until the run has ended, about: see `Sensitivity`."""
     if not options.sensitivity:
         return 0
-    linears = [prepared.model.linears(part.name)[name] for part in prepared.blocks for name in part.linears]
+    linears = (linear for part in prepared.blocks for linear in part.linears_of(prepared.model).values())
     tokens = prepared.inputs.hidden.shape[:2].numel()
     return sum(4 * (linear.out_features * ROW_BLOCK + tokens) for linear in linears)
 

@@ -5,6 +5,7 @@ Code that a model brings along is never run.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,12 @@ class Checkpoint:
         """Shape of the tensor called `name`."""
         with safe_open(self.files[name], framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
+
+    def size(self, name: str) -> int:
+        """Bytes of the tensor called `name` in its file, of which no more than the heading is read."""
+        with safe_open(self.files[name], framework="pt") as file:
+            stored = file.get_slice(name)
+            return math.prod(stored.get_shape()) * stored[:0].element_size()
 
     def read_below(self, prefix: str) -> dict[str, Tensor]:
         """All tensors whose name starts with `prefix`, which is cut off the names."""

@@ -36,6 +36,16 @@ class Part(NamedTuple):
     file: str
     packed: tuple[str, ...] = ()
 
+    @property
+    def replaced(self) -> set[str]:
+        """Tensors of the original that quantized ones replace; those of experts that are packed have no other name."""
+        return {f"{name}.weight" for name in self.linears} | set(self.packed)
+
+    def linears_of(self, model: StreamedModel, module: nn.Module | None = None) -> dict[str, nn.Linear]:
+        """Full name → linear to quantize of `module`, which is this part, and by default on the meta device."""
+        wanted = set(self.linears)
+        return {name: linear for name, linear in model.linears(self.name, module).items() if name in wanted}
+
 
 class Inputs(NamedTuple):
     """Calibration inputs. tokens: int64 [sequences, length]. hidden: of the first block, [sequences, length, hidden].
@@ -137,8 +147,7 @@ def _stages(model: StreamedModel, part: Part, tokens: Tensor, streams: list[Tens
     if isinstance(first, nn.Linear):
         model.advance_to_head(tokens, *streams)
         streams = [hidden.flatten(0, 1)[:, None] for hidden in streams]
-    wanted = set(part.linears)
-    linears = [{n: m for n, m in model.linears(part.name, each).items() if n in wanted} for each in modules]
+    linears = [part.linears_of(model, each) for each in modules]
     experts = [_experts(model, part, each) for each in modules]
     return [Stage(*each) for each in zip(modules, linears, streams, calls, experts, strict=True)]
 

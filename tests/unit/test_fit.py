@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import DeepseekV3Config, LlamaConfig, Qwen3_5TextConfig
+from architectures import HEADS
+from safetensors import safe_open
+from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, Qwen3_5TextConfig
 
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
 from vllm_babai.offline.fit import Sizes, cache_bytes, fit_device, fit_size, measure, read_bytes
@@ -54,6 +56,22 @@ def test_cache_per_token() -> None:
     kinds = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
     hybrid = Qwen3_5TextConfig(num_hidden_layers=4, layer_types=kinds, num_key_value_heads=2, head_dim=32)
     assert cache_bytes(hybrid) == 2 * 2 * 32 * 2
+
+
+def test_experts_in_one_tensor_are_measured(save_random_model: Callable[..., Path], tmp_path: Path) -> None:
+    kinds = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    config = GptOssConfig(**HEADS | kinds, num_local_experts=4, num_experts_per_tok=2)
+    model = save_random_model(config, tmp_path / "model")
+    sizes = measure(model, QuantizeOptions())
+    (file,) = model.glob("*.safetensors")
+    with safe_open(file, framework="pt") as tensors:
+        experts = tensors.get_tensor("model.layers.0.mlp.experts.down_proj")
+    assert sizes.weights > 2 * 3 * experts.numel()
+    assert sizes.kept + sizes.weights * experts.element_size() == file.stat().st_size
+
+
+def test_a_rate_is_that_of_the_format() -> None:
+    assert QuantizeOptions(format="hptq", rate=2.0, target_bits=3.0).planned_rate == 2.0
 
 
 def test_a_checkpoint_has_the_size_asked_for(
