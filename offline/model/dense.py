@@ -54,12 +54,12 @@ def dense_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> Ite
     Experts that transformers knows by one tensor for all of them become that tensor. names: only tensors stored under
     these names. Raises QuantizationError like `stored_linears`, and for NaN.
     """
-    checkpoint = check_complete(checkpoint)
-    names = sorted(checkpoint.files) if names is None else names
+    checked = check_complete(checkpoint)
+    names = sorted(checked.files) if names is None else names
     replaced = set()
-    gathering = {name: source for source in check_complete(checkpoint).gathered for name in stored_names(source)}
+    gathering = {name: source for source in checked.gathered for name in stored_names(source)}
     found: dict[str, Tensor] = {}
-    for linear, weight, parts, _ in stored_linears(checkpoint, names):
+    for linear, weight, parts, _ in stored_linears(checked, names):
         replaced |= {f"{linear}.{key}" for key in parts}
         name = f"{linear}.weight"
         if name not in gathering:
@@ -70,9 +70,9 @@ def dense_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> Ite
             yield from gather(gathering[name], {one: found.pop(one) for one in of_module}).items()
     for name in names:
         if name not in replaced:
-            tensor = checkpoint.read(name)
+            tensor = checked.read(name)
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-                raise QuantizationError(f"{name} has NaN or Inf in {checkpoint.files[name]}")
+                raise QuantizationError(f"{name} has NaN or Inf in {checked.files[name]}")
             yield name, tensor
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.files import write_atomically
-from vllm_babai.format.config import QUANT_METHOD
+from vllm_babai.format.config import is_babai
 
 RUN = "babai_run.json"
 MADE = "babai_made.json"  # in a dense checkpoint that babai made; a quantized one says so in its config.json
@@ -151,9 +151,8 @@ def made_by_babai(folder: Path) -> bool:
     if (folder / MADE).is_file():
         return True
     try:
-        config = json.loads((folder / "config.json").read_text())
-        return config["quantization_config"]["quant_method"] == QUANT_METHOD
-    except (OSError, ValueError, KeyError, TypeError):
+        return is_babai(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError):
         return False
 
 

@@ -15,7 +15,7 @@ from vllm_babai.errors import QuantizationError
 from vllm_babai.files import write_atomically
 from vllm_babai.format import FORMATS
 from vllm_babai.format.checksums import SUMS, as_text, digest_of, file_sums, kept_checksums
-from vllm_babai.format.config import QUANT_METHOD, REFUSAL
+from vllm_babai.format.config import REFUSAL
 from vllm_babai.offline.model.checkpoint import INDEX, REPORT, Checkpoint
 from vllm_babai.offline.model.place import MADE, RUN
 
@@ -69,11 +69,6 @@ def seal(folder: Path, config: dict[str, Any], files: list[Path], companions: li
     sums |= file_sums(folder, [folder / name for name in ("config.json", INDEX, *companions)])
     write_atomically(folder / SUMS, as_text(sums))
     return digest_of(sums)
-
-
-def quantized_by_babai(config: dict[str, Any]) -> bool:
-    """Whether a config.json has a quantization_config, and it is babai's."""
-    return config.get("quantization_config", {}).get("quant_method") == QUANT_METHOD
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from vllm_babai.format import (
     integer_range,
     share_beyond,
 )
+from vllm_babai.format.config import is_babai
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint, read_json
 from vllm_babai.offline.model.complete import CompleteCheckpoint, check_complete
 from vllm_babai.offline.model.dense import count_stored, dense_tensors, stored_linears
@@ -31,7 +32,6 @@ from vllm_babai.offline.model.place import MADE, check_place, check_room, claim
 from vllm_babai.offline.model.served import fused_with
 from vllm_babai.offline.model.writing import (
     copy_companions,
-    quantized_by_babai,
     save_atomically,
     seal,
     write_config,
@@ -43,6 +43,7 @@ from vllm_babai.progress import Tick, counting_progress
 ConvertFile = Callable[
     [list[str], Tick], dict[str, Tensor]
 ]  # tensors of one file, by their names; ticks for each linear
+Encode = Callable[[LatticeWeight, str], dict[str, Tensor]]  # a linear's tensors, by what stands after its name
 
 
 def convert(
@@ -78,11 +79,11 @@ def convert(
         scheme = CheckpointConfig.from_dict(config["quantization_config"])
         config["quantization_config"] = export.exported_config(checkpoint, scheme)
         export.check_exportable(checkpoint, scheme, clip_overflow)
-        convert_file = partial(export.exported_tensors, checkpoint, scheme)
+        convert_file = partial(_reencoded, checkpoint, partial(export.packed, scheme))
     else:
         scheme = _target_config(checkpoint, CheckpointConfig.from_dict(config["quantization_config"]), to)
         config["quantization_config"] = scheme.to_dict()
-        convert_file = partial(_reencoded, checkpoint, scheme)
+        convert_file = partial(_reencoded, checkpoint, partial(_encode, scheme))
     needed = _dense_bytes(checkpoint, dtype) if to == "dense" else checkpoint.bytes()
     check_room(out.parent, needed, "the converted checkpoint")
     with claim(out, checkpoint.folder, run, overwrite=overwrite) as place:
@@ -103,7 +104,7 @@ def _write(checkpoint: Checkpoint, folder: Path, config: dict[str, Any], convert
             save_atomically(new, convert_file(names, phase.advance))
     write_index(folder, written)
     companions = copy_companions(checkpoint, folder)
-    if not quantized_by_babai(config):
+    if not is_babai(config):
         write_config(folder, config)
         return
     digest = seal(folder, config, written, companions)
@@ -126,26 +127,25 @@ def _dense_bytes(checkpoint: CompleteCheckpoint, dtype: torch.dtype) -> int:
     return dtype.itemsize * (sum(kept) + sum(math.prod(shape) for shape in checkpoint.linears.values()))
 
 
-def _reencoded(checkpoint: Checkpoint, config: CheckpointConfig, names: list[str], tick: Tick) -> dict[str, Tensor]:
+def _reencoded(checkpoint: Checkpoint, encode: Encode, names: list[str], tick: Tick) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     replaced: set[str] = set()
     for linear, weight, parts, _ in stored_linears(checkpoint, names):
         assert isinstance(weight, LatticeWeight)  # else it was refused before
-        stored = _encode(weight, config, linear)
-        tensors |= {f"{linear}.{field.name}": getattr(stored, field.name) for field in fields(stored)}
+        tensors |= {f"{linear}.{key}": tensor for key, tensor in encode(weight, linear).items()}
         replaced |= {f"{linear}.{key}" for key in parts}
         tick()
     return tensors | {name: checkpoint.read(name) for name in names if name not in replaced}
 
 
-def _encode(weight: LatticeWeight, config: CheckpointConfig, linear: str) -> SSQR | HPTQ:
+def _encode(config: CheckpointConfig, weight: LatticeWeight, linear: str) -> dict[str, Tensor]:
     bits = config.scheme(linear).bits
     if config.format == "ssqr" and bits is not None:
-        return SSQR.encode(weight, bits, linear)
+        return SSQR.encode(weight, bits, linear).tensors()
     scales = weight.scales
     if (scales == scales[:1, :1]).all():
         scales = scales[:1, :1].clone()
-    return HPTQ.encode(LatticeWeight(weight.integers, scales, weight.column_exponents), linear=linear)
+    return HPTQ.encode(LatticeWeight(weight.integers, scales, weight.column_exponents), linear=linear).tensors()
 
 
 def _target_config(checkpoint: Checkpoint, config: CheckpointConfig, to: str) -> CheckpointConfig:

@@ -13,8 +13,9 @@ from torch import Tensor
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import CheckpointConfig, LatticeWeight, integer_range
 from vllm_babai.offline.model.checkpoint import Checkpoint
+from vllm_babai.offline.model.complete import check_complete
 from vllm_babai.offline.model.dense import count_stored, stored_linears
-from vllm_babai.progress import Tick, counting_progress
+from vllm_babai.progress import counting_progress
 
 NAME = "compressed-tensors"
 WIDTHS = (2, 4, 8)  # those that fill a word; of 3 and 5 bits the library and vLLM leave different bits unused
@@ -52,15 +53,8 @@ def clip(weight: LatticeWeight, bits: int) -> LatticeWeight:
 def check_exportable(checkpoint: Checkpoint, config: CheckpointConfig, clip_overflow: bool) -> None:
     """Decode every linear, and note what clipping costs.
 
-    Raises QuantizationError, before anything is written, for another format than SSQR, a width or a head that the
-    layout does not hold, and for overflow unless it is to be clipped.
+    Raises QuantizationError, before anything is written, for overflow unless it is to be clipped.
     """
-    if config.format != "ssqr":
-        raise QuantizationError(f"--to {NAME} takes SSQR: quantize with --format ssqr, or convert --to ssqr first")
-    if "lm_head" in config.overrides:
-        raise QuantizationError(
-            f"--to {NAME}: lm_head is quantized, which its readers do not expect: leave out --lm-head"
-        )
     clipped = Clipped()
     with counting_progress() as progress, progress.phase("checking", count_stored(checkpoint), "linears") as phase:
         for linear, weight, _, _ in stored_linears(checkpoint):
@@ -77,14 +71,21 @@ def check_exportable(checkpoint: Checkpoint, config: CheckpointConfig, clip_over
 
 
 def exported_config(checkpoint: Checkpoint, config: CheckpointConfig) -> dict[str, Any]:
-    """The quantization_config in the words of compressed-tensors. Raises QuantizationError where that is missing."""
+    """The quantization_config in the words of compressed-tensors.
+
+    Raises QuantizationError for another format than SSQR, a width or a head that the layout does not hold, and where
+    the library is missing.
+    """
+    if config.format != "ssqr":
+        raise QuantizationError(f"--to {NAME} takes SSQR: quantize with --format ssqr, or convert --to ssqr first")
+    if "lm_head" in config.overrides:
+        raise QuantizationError(
+            f"--to {NAME}: lm_head is quantized, which its readers do not expect: leave out --lm-head"
+        )
     library = _library()
     linears: dict[tuple[int, int], list[str]] = {}
-    for name in sorted(checkpoint.files):
-        linear, _, key = name.rpartition(".")
-        if key == "qweight":
-            scheme = config.scheme(linear)
-            linears.setdefault((_width(config, linear), scheme.group_size), []).append(linear)
+    for linear in sorted(check_complete(checkpoint).linears):
+        linears.setdefault((_width(config, linear), config.scheme(linear).group_size), []).append(linear)
     groups = {}
     for i, ((bits, group_size), names) in enumerate(sorted(linears.items())):
         grouped = group_size != -1
@@ -103,23 +104,16 @@ def exported_config(checkpoint: Checkpoint, config: CheckpointConfig) -> dict[st
     return made.model_dump(mode="json")
 
 
-def exported_tensors(
-    checkpoint: Checkpoint, config: CheckpointConfig, names: list[str], tick: Tick
-) -> dict[str, Tensor]:
-    """Tensors of one file: linears packed, anything else as it is. Ticks for each linear."""
+def packed(config: CheckpointConfig, weight: LatticeWeight, linear: str) -> dict[str, Tensor]:
+    """A linear's tensors, by what stands after its name."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    tensors: dict[str, Tensor] = {}
-    replaced: set[str] = set()
-    for linear, weight, parts, _ in stored_linears(checkpoint, names):
-        assert isinstance(weight, LatticeWeight)  # SSQR's
-        bits = _width(config, linear)
-        tensors[f"{linear}.weight_packed"] = pack_to_int32(clip(weight, bits).integers.to(torch.int8), bits)
-        tensors[f"{linear}.weight_scale"] = weight.scales.contiguous()
-        tensors[f"{linear}.weight_shape"] = torch.tensor(weight.integers.shape)
-        replaced |= {f"{linear}.{key}" for key in parts}
-        tick()
-    return tensors | {name: checkpoint.read(name) for name in names if name not in replaced}
+    bits = _width(config, linear)
+    return {
+        "weight_packed": pack_to_int32(clip(weight, bits).integers.to(torch.int8), bits),
+        "weight_scale": weight.scales.contiguous(),
+        "weight_shape": torch.tensor(weight.integers.shape),
+    }
 
 
 def _width(config: CheckpointConfig, linear: str) -> int:

@@ -138,6 +138,12 @@ class CheckpointConfig:
         return config
 
 
+def is_babai(config: Any) -> bool:
+    """Whether what config.json holds is of a checkpoint that babai has quantized."""
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
 def kind_of(linear: str, block: str) -> str:
     """Name of a linear in its block, the same in every block: `mlp.experts.#.up_proj`."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "#", linear.removeprefix(f"{block}."))
