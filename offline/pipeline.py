@@ -169,8 +169,10 @@ class _Run:
             if report.starved:
                 self.phase.note(str(report))
         self.folder.write(part, tensors, reports, experts)
-        for each in stage.experts:
-            check_stored(each, self.folder.read(part), FORMATS[self.options.format])
+        if stage.experts:
+            stored = self.folder.read(part)
+            for each in stage.experts:
+                check_stored(each, stored, FORMATS[self.options.format])
 
     def _token_weights(self, group: list[str]) -> Tensor | None:
         return self.sensitivity.shared_weights(group) if self.sensitivity else None

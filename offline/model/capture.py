@@ -32,6 +32,11 @@ def batches(hidden: Tensor, device: torch.device) -> Iterator[tuple[slice, Tenso
 
 
 @torch.no_grad()
+def of_mean_one(weights: Tensor) -> Tensor:
+    """Weights ≥ 0 over their mean."""
+    return weights / weights.mean().clamp_min(torch.finfo(weights.dtype).tiny)
+
+
 def shared_inputs(block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor, call: Call) -> list[list[str]]:
     """Names of linears in groups that read the same tensor (q/k/v, gate/up), in the order in which they are called.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import Format, FormatError
-from vllm_babai.offline.model.experts import Experts
+from vllm_babai.offline.model.experts import Experts, differ, run_each
 from vllm_babai.offline.model.routed import SeenByExpert
 
 
@@ -52,11 +52,7 @@ def check_stored(experts: Experts, stored: Mapping[str, Tensor], form: type[Form
     the module runs, or is not there.
     """
     linears = experts.linears
-    first = linears[experts.names[0]["up"]].weight
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(len(experts), first.shape[1], generator=generator).to(first)
-    index = torch.arange(len(experts), device=first.device)[:, None]
-    together = experts.module(tokens, index, torch.ones_like(tokens[:, :1]))
+    tokens, together = run_each(experts.module)
     for number, names in enumerate(experts.names):
         expert = experts.expert(number)
         for role, name in names.items():
@@ -65,7 +61,7 @@ def check_stored(experts: Experts, stored: Mapping[str, Tensor], form: type[Form
                 weight = parts.decode((linears[name].out_features, linears[name].in_features), name).dequantize()
             except (FormatError, KeyError) as error:
                 raise QuantizationError(f"{name} was not stored as it was quantized ({error}): report this") from error
-            expert.linears[role].weight = torch.nn.Parameter(weight.to(first), requires_grad=False)
+            expert.linears[role].weight = torch.nn.Parameter(weight.to(tokens), requires_grad=False)
         alone = expert(tokens[number : number + 1])[0]
-        if not (alone - together[number]).norm() <= 0.02 * together[number].norm() + 1e-12:  # bfloat16 rounds to 0.004
+        if differ(alone, together[number]):
             raise QuantizationError(f"{experts.name}: expert {number} was not stored as it was quantized: report this")

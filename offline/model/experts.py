@@ -178,21 +178,32 @@ def routed(module: nn.Module, name: str, args: tuple, kwargs: dict[str, Any]) ->
     raise QuantizationError(f"{_described(name, module)}: it is called in a way that is not supported ({shapes})")
 
 
+def run_each(module: nn.Module, counts: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Random tokens [experts, hidden], one for each expert of a module, and what the module makes of them.
+
+    counts: the router's weight of every token.
+    """
+    weight: Any = module.down_proj
+    count, (_, hidden) = len(weight), shape_of(module, roles_of(module)[0])
+    tokens = torch.randn(count, hidden, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    index = torch.arange(count, device=weight.device)[:, None]
+    return tokens, module(tokens, index, torch.full_like(tokens[:, :1], counts))
+
+
+def differ(found: Tensor, expected: Tensor) -> bool:
+    """Whether outputs are not those expected, or not finite; bfloat16 rounds to 0.004."""
+    return not (found.float() - expected.float()).norm() <= 0.02 * expected.float().norm() + 1e-12
+
+
 @torch.no_grad()
 def check_experts(module: nn.Module, name: str) -> None:
     """Run every expert of a module on a token of its own, as the module does it and one by one.
 
     Raises QuantizationError that names the module where they differ: then its experts are not what they seem.
     """
-    weight: Any = module.down_proj
-    count, (_, hidden) = len(weight), shape_of(module, roles_of(module)[0])
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(count, hidden, generator=generator).to(weight.device, weight.dtype)
-    index = torch.arange(count, device=weight.device)[:, None]
-    weights = torch.full_like(tokens[:, :1], 0.5)
-    together = module(tokens, index, weights).float()
-    alone = torch.cat([Expert(module, e)(tokens[e : e + 1]) for e in range(count)]).float() * 0.5
-    if not (together - alone).norm() <= 0.02 * together.norm() + 1e-12:  # bfloat16 rounds to 0.004
+    tokens, together = run_each(module, counts=0.5)
+    alone = torch.cat([Expert(module, e)(tokens[e : e + 1]) for e in range(len(tokens))]).float() * 0.5
+    if differ(alone, together):
         raise QuantizationError(f"{_described(name, module)}: its experts compute something else than is known here")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.call import Call, run_block
-from vllm_babai.offline.model.capture import BATCH_TOKENS, Moments, Seen, batches, moments
+from vllm_babai.offline.model.capture import BATCH_TOKENS, Moments, Seen, batches, moments, of_mean_one
 from vllm_babai.offline.model.experts import Expert, Experts, Routed, routed
 from vllm_babai.offline.solver.shrink import shrunk
 
@@ -111,8 +111,7 @@ def expert_moments(run: Pass, original: Pass | None = None, *, token_weights: To
 def _weights(token_weights: TokenWeights, linears: list[str], token: Tensor, squares: Tensor) -> Tensor:
     """How much each of an expert's tokens counts, mean 1, float32 [tokens]."""
     known = token_weights(linears)
-    weights = squares if known is None else known.flatten()[token]
-    return weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return of_mean_one(squares if known is None else known.flatten()[token])
 
 
 def _mixed(
@@ -144,8 +143,7 @@ def _hessian(inputs: Tensor, weights: Tensor, device: torch.device) -> Tensor:
     """E[w x xᵀ] of rows [tokens, features], w scaled to mean 1, float32."""
     windows = _windows(len(inputs))
     seen = ({"": Seen(window, inputs[window].to(device).float(), None)} for window in windows)
-    weights = weights / weights.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return moments(seen, None, {"": weights.to(device)})[""].hessian
+    return moments(seen, None, {"": of_mean_one(weights).to(device)})[""].hessian
 
 
 def _inner(expert: Expert, inputs: Tensor, device: torch.device) -> Tensor:

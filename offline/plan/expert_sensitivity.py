@@ -6,7 +6,7 @@ each of the k experts that it goes to; of gate and up the variance of the gradie
 covariance G for the layer, as all experts write to the same hidden states, and each has its share of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from vllm_babai.offline.solver.row_geometry import ROW_DAMPING, RowGeometry, equ
 # An expert that the calibration text hardly reaches gets at least this share of what an average one counts. A choice:
 # other text may reach it, and bits taken from it are bits for one of many.
 LEAST_SHARE = 0.1
+Read = Callable[[str], Tensor]  # a tensor by its name
 
 
 class ExpertGradients:
@@ -86,29 +87,29 @@ def is_of_expert(linear: str) -> bool:
     return NUMBERED.fullmatch(linear) is not None
 
 
-def expert_token_weights(stored: Mapping[str, Tensor], linear: str) -> Tensor:
+def expert_token_weights(stored: Read, linear: str) -> Tensor:
     """How much each token counts for the linears of one expert that share an input, float32 [sequences, length].
 
-    stored: what `ExpertGradients.tensors` gave. Tokens that went to other experts, but may go to this one after linears
-    before it were quantized, count as its tokens do on average.
+    stored: reads one of what `ExpertGradients.tensors` gave. Tokens that went to other experts, but may go to this one
+    after linears before it were quantized, count as its tokens do on average.
     """
     name, number, role = _parsed(linear)
-    chosen = stored[f"{name}.index"] == number
-    squares = stored[f"{name}.down" if role == "down" else f"{name}.first"]
+    chosen = stored(f"{name}.index") == number
+    squares = stored(f"{name}.down" if role == "down" else f"{name}.first")
     weights, seen = (squares * chosen).sum(-1), chosen.any(-1)
     weights[~seen] = weights[seen].mean() if seen.any() else 1.0
     return weights
 
 
-def expert_row_geometry(stored: Mapping[str, Tensor], linear: str) -> RowGeometry:
+def expert_row_geometry(stored: Read, linear: str) -> RowGeometry:
     """G of a linear of an expert, factored: of gate and up the diagonal, of down the expert's share of the layer's."""
     name, number, role = _parsed(linear)
     if role == "down":
-        index, squares = stored[f"{name}.index"].flatten().long(), stored[f"{name}.down"].flatten()
-        experts = len(stored[f"{name}.up.rows"])
+        index, squares = stored(f"{name}.index").flatten().long(), stored(f"{name}.down").flatten()
+        experts = len(stored(f"{name}.up.rows"))
         shares = torch.zeros(experts).index_add(0, index, squares) / squares.sum().clamp_min(1e-30)
-        return row_geometry(stored[f"{name}.down.rows"] * shares[number].clamp_min(LEAST_SHARE / experts))
-    every = stored[f"{name}.{role}.rows"].double()
+        return row_geometry(stored(f"{name}.down.rows") * shares[number].clamp_min(LEAST_SHARE / experts))
+    every = stored(f"{name}.{role}.rows").double()
     mean, variances = every.mean(), every[number]
     if mean == 0:
         return equal_rows(len(variances))

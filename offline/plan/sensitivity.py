@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vllm_babai.offline.model.call import Call, newly_left, run_block
-from vllm_babai.offline.model.capture import advance, batches
+from vllm_babai.offline.model.capture import advance, batches, of_mean_one
 from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.model.walk import Inputs
 from vllm_babai.offline.model.writing import save_atomically
@@ -59,9 +59,8 @@ class Sensitivity:
         if self._is_head(linears[0]):
             return None
         if is_of_expert(linears[0]):
-            return expert_token_weights(self._of_block(linears[0]), linears[0])
-        total = torch.stack([self._read(linear, "tokens") for linear in linears]).sum(0)
-        return total / total.mean().clamp_min(torch.finfo(total.dtype).tiny)
+            return expert_token_weights(partial(self._stored, linears[0]), linears[0])
+        return of_mean_one(torch.stack([self._read(linear, "tokens") for linear in linears]).sum(0))
 
     def row_covariance(self, linear: str) -> Tensor:
         """G of a linear: row i's covariances with the rows of its own block, float32 [out, ROW_BLOCK]."""
@@ -73,21 +72,20 @@ class Sensitivity:
             variances = load_file(self.folder / HEAD)["rows"].double()
             return independent_rows(variances + ROW_DAMPING * variances.mean())
         if is_of_expert(linear):
-            return expert_row_geometry(self._of_block(linear), linear)
+            return expert_row_geometry(partial(self._stored, linear), linear)
         return row_geometry(self.row_covariance(linear))
 
     def _is_head(self, linear: str) -> bool:
         return not linear.startswith(f"{self.blocks_name}.")
 
     def _read(self, linear: str, kind: str) -> Tensor:
-        with safe_open(self._file_of(linear), framework="pt") as file:
-            return file.get_tensor(f"{linear}.{kind}")
+        return self._stored(linear, f"{linear}.{kind}")
 
-    def _of_block(self, linear: str) -> dict[str, Tensor]:
-        return load_file(self._file_of(linear))
-
-    def _file_of(self, linear: str) -> Path:
-        return _file(self.folder, int(linear.removeprefix(f"{self.blocks_name}.").split(".")[0]))
+    def _stored(self, linear: str, name: str) -> Tensor:
+        """A tensor from the file of the block that a linear is in."""
+        index = int(linear.removeprefix(f"{self.blocks_name}.").split(".")[0])
+        with safe_open(_file(self.folder, index), framework="pt") as file:
+            return file.get_tensor(name)
 
 
 def measure_sensitivity(
