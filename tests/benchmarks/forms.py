@@ -5,13 +5,8 @@ JSON and as a table; what is there already is not measured again. Without other 
 texts.
 """
 
-import json
-import tempfile
-from dataclasses import asdict
-from pathlib import Path
-
-from harness import DEMO, RESULTS, command_line, markdown
-from quality import Case, Material, Row, demonstration_texts, measure
+from harness import command_line, markdown
+from quality import Case, Row, measure_missing, take_material
 
 SIZES = (1.75, 2.125, 2.6, 3.125, 4.125)
 FORMS = {"trellis": SIZES, "ssqr": SIZES[1:], "hptq": SIZES}  # two bits are the fewest of SSQR
@@ -33,36 +28,12 @@ def table_of(rows: list[Row]) -> str:
 def main() -> None:
     """Read the command line."""
     parser = command_line(__doc__)
-    parser.add_argument("--model", type=Path, default=DEMO / "stdlib-6m")
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--evaluation", type=Path)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=160)
-    parser.add_argument("--length", type=int, default=512)
+    take_material(parser, samples=128, windows=160)
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
     parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES), help="bits per weight to measure")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = options.out / "forms.json"
-    rows = [Row(**row) for row in json.loads(results.read_text())] if results.exists() else []
-    done = {(row.format, row.asked) for row in rows}
-    with tempfile.TemporaryDirectory() as folder:
-        calibration, evaluation = demonstration_texts(Path(folder))
-        material = Material(
-            options.model,
-            options.calibration or calibration,
-            options.evaluation or evaluation,
-            options.samples,
-            options.windows,
-            options.length,
-        )
-        for form in options.forms:
-            for size in options.sizes:
-                if size in FORMS[form] and (form, size) not in done:
-                    rows.append(measure(Case(form, "all"), size, material))
-                    print(rows[-1], flush=True)
-                    results.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    wanted = ((Case(form, "all"), size) for form in options.forms for size in options.sizes if size in FORMS[form])
+    rows = measure_missing(wanted, options, options.out / "forms.json")
     (options.out / "forms.md").write_text(table_of(rows))
 
 

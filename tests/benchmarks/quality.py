@@ -5,10 +5,12 @@ original, and writes `quality.json`, `quality.md` and `quality.png` to the folde
 not measured again, so an interrupted study goes on. Without other options: the demonstration's model and texts.
 """
 
+import argparse
 import json
 import runpy
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -165,22 +167,21 @@ def demonstration_texts(folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def main() -> None:
-    parser = command_line(__doc__)
+def take_material(parser: argparse.ArgumentParser, samples: int, windows: int) -> None:
+    """Options for what every case gets, by default the demonstration's model and texts. samples, windows: defaults."""
     parser.add_argument("--model", type=Path, default=DEMO / "stdlib-6m")
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--evaluation", type=Path)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=80)
+    parser.add_argument("--samples", type=int, default=samples)
+    parser.add_argument("--windows", type=int, default=windows)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--sizes", type=float, nargs="+", help="bits per weight to measure; without it, all")
-    parser.add_argument("--only", default="", help="cases whose format and name contain this")
-    parser.add_argument("--no-peers", action="store_true", help="leave the other tools' points out of the plot")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = options.out / "quality.json"
-    rows = [Row(**row) for row in json.loads(results.read_text())] if results.exists() else []
+
+
+def measure_missing(wanted: Iterable[tuple[Case, float]], options: argparse.Namespace, path: Path) -> list[Row]:
+    """Rows of a file, with those added that it did not have, each written as soon as it is measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
     done = {(row.format, row.name, row.asked) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         calibration, evaluation = demonstration_texts(Path(folder))
@@ -192,15 +193,24 @@ def main() -> None:
             options.windows,
             options.length,
         )
-        for case in CASES:
-            for size in case.sizes:
-                if (case.format, case.name, size) in done or options.only not in f"{case.format} {case.name}":
-                    continue
-                if options.sizes and size not in options.sizes:
-                    continue
+        for case, size in wanted:
+            if (case.format, case.name, size) not in done:
                 rows.append(measure(case, size, material))
                 print(rows[-1], flush=True)
-                results.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+                path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return rows
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    take_material(parser, samples=64, windows=80)
+    parser.add_argument("--sizes", type=float, nargs="+", help="bits per weight to measure; without it, all")
+    parser.add_argument("--only", default="", help="cases whose format and name contain this")
+    parser.add_argument("--no-peers", action="store_true", help="leave the other tools' points out of the plot")
+    options = parser.parse_args()
+    cases = (case for case in CASES if options.only in f"{case.format} {case.name}")
+    wanted = ((case, size) for case in cases for size in case.sizes if not options.sizes or size in options.sizes)
+    rows = measure_missing(wanted, options, options.out / "quality.json")
     order = {(case.format, case.name): index for index, case in enumerate(CASES)}
     rows.sort(key=lambda row: (order.get((row.format, row.name), len(order)), row.asked))
     write_table(rows, options.out / "quality.md")

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from harness import DEMO, markdown
+from harness import DEMO, command_line, markdown
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,6 +59,7 @@ def log_probabilities(model: torch.nn.Module, tokens: Tensor, way: str) -> Tenso
 
 
 def main() -> None:
+    command_line(__doc__).parse_args()
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "stdlib-6m")
     ids = tokenizer(inspect.getsource(argparse), return_tensors="pt").input_ids[0, : WINDOWS * LENGTH]
     tokens, rows = ids.view(WINDOWS, LENGTH), []

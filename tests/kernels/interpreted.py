@@ -4,7 +4,6 @@ Collected by `test_interpreter.py`, each time in a process of its own; by hand:
 `TRITON_INTERPRET=1 pytest tests/kernels/interpreted.py`.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,13 +26,7 @@ from vllm_babai.triton_kernels.layout import Geometry
 BIT_WIDTHS = (2, 3, 4, 5, 8)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """Every new tensor is full of NaN, or of the largest integer, before it is written."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 def random_weight(

@@ -3,8 +3,6 @@
 Collected by `test_interpreter.py`; by hand: `TRITON_INTERPRET=1 pytest tests/kernels/interpreted_trellis.py`.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -16,14 +14,7 @@ from vllm_babai.triton_kernels.configs import BUCKETS, Target
 from vllm_babai.triton_kernels.trellis import dequantize as dequantization
 from vllm_babai.triton_kernels.trellis import dispatch
 
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """Every new tensor is full of NaN, or of the largest integer, before it is written."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 17, 65])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from architectures import HEADS, LATENT, LINEAR_ATTENTION, TEXT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,36 +21,9 @@ from vllm_babai.offline.model.streamed import open_streamed
 from vllm_babai.offline.solver.shrink import shrunk
 from vllm_babai.offline.tools.convert import convert
 
-TEXT = {
-    "vocab_size": 4096,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-HEADS = TEXT | {"head_dim": 16}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MANY = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SHARED = MANY | {"shared_expert_intermediate_size": 48}
-HYBRID = HEADS | {
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "layer_types": ["linear_attention", "full_attention"],
-}
-LATENT = TEXT | {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
 GROUPED = {
     "first_k_dense_replace": 1,
     "n_routed_experts": 8,
@@ -87,8 +61,8 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-moe": ("PhimoeConfig", TEXT | LOCAL),
     "qwen2-moe": ("Qwen2MoeConfig", TEXT | SHARED),
     "qwen3-moe": ("Qwen3MoeConfig", HEADS | MANY),
-    "qwen3-next": ("Qwen3NextConfig", HYBRID | SHARED),
-    "qwen3.5-moe": ("Qwen3_5MoeTextConfig", HYBRID | SHARED),
+    "qwen3-next": ("Qwen3NextConfig", LINEAR_ATTENTION | SHARED),
+    "qwen3.5-moe": ("Qwen3_5MoeTextConfig", LINEAR_ATTENTION | SHARED),
 }
 ALL = SOME | MORE
 FAMILIES = [*SOME, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)]

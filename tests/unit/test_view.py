@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import random_model
+from architectures import MROPE, VISION, random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -33,8 +33,6 @@ TEXT = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-MROPE = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4}
 MODELS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**TEXT),
     "gemma3": Gemma3Config(
