@@ -270,7 +270,7 @@ def _print_evaluation(result: "Evaluation") -> None:
         table.add_row("perplexity of the original", f"{c.original_perplexity:.4f}")
         table.add_row("loss against the original, nats per token", f"{c.loss:.5f}", f"{c.loss_error:.5f}")
         table.add_row("KL divergence, nats", f"{c.divergence:.5f}", f"{c.divergence_error:.5f}")
-        table.add_row("same most likely token", f"{c.agreement:.2%}")
+        table.add_row("same most likely token", f"{c.agreement:.2%}", f"{c.agreement_error:.2%}")
     console = Console()
     console.print(table)
     console.print(f"{result.windows} windows of {result.window} tokens")

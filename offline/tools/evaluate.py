@@ -1,6 +1,7 @@
 """Perplexity of a checkpoint, and how far its next-token distributions are from the original's."""
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.dense import load_dense
 from vllm_babai.offline.model.skeleton import load_config, model_positions
 from vllm_babai.progress import counting_progress
+
+# Log-probabilities [windows, window − 1, vocabulary], and the negative log-likelihood of each next token, [windows,
+# window − 1] on the CPU.
+Prediction = tuple[Tensor, Tensor]
 
 BATCH_TOKENS = 2048  # a choice: log-probabilities over the vocabulary are the largest tensors here
 
@@ -31,6 +36,7 @@ class Comparison:
     divergence: float
     divergence_error: float
     agreement: float
+    agreement_error: float
 
 
 @dataclass(frozen=True)
@@ -91,38 +97,55 @@ def evaluate(
     windows = evaluation_windows(against or model, data, window, samples)
     candidate = load_dense(model, device)
     original = load_dense(against, device) if against else None
-    batch = max(1, BATCH_TOKENS // window)
-    candidate_nll, original_nll, divergence, agreement = [], [], [], []
-    with (
-        torch.inference_mode(),
-        counting_progress() as progress,
-        progress.phase("evaluating", len(windows), "windows") as phase,
-    ):
-        for tokens in windows.split(batch):
-            log_p, nll = _predict(candidate, tokens.to(device))
-            candidate_nll.append(nll)
-            if original is not None:
-                log_q, nll = _predict(original, tokens.to(device))
-                original_nll.append(nll)
-                divergence.append(torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1))
-                agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).float())
-            phase.advance(len(tokens))
-    nll = torch.cat(candidate_nll).double()
+    with counting_progress() as progress, progress.phase("evaluating", len(windows), "windows") as phase:
+        own = predictions(candidate, windows, phase.advance)
+        return compare(own, None if original is None else predictions(original, windows), str(model))
+
+
+@torch.inference_mode()
+def predictions(model: nn.Module, windows: Tensor, tick: Callable[[int], object] | None = None) -> Iterator[Prediction]:
+    """What a model predicts of each window, about BATCH_TOKENS tokens at a time. tick: told how many are done."""
+    device = next(model.parameters()).device
+    for tokens in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+        here = tokens.to(device)
+        log_p = torch.log_softmax(model(here, use_cache=False).logits[:, :-1].float(), -1)
+        yield log_p, -log_p.gather(-1, here[:, 1:, None]).squeeze(-1).cpu()
+        if tick is not None:
+            tick(len(tokens))
+
+
+@torch.inference_mode()
+def compare(own: Iterable[Prediction], original: Iterable[Prediction] | None, name: str) -> Evaluation:
+    """Evaluation of a model by its predictions, and by the original's of the same windows where there are any.
+
+    name: of the model. Raises QuantizationError that names it where what it predicts is no number.
+    """
+    losses, original_losses, divergences, agreements = [], [], [], []
+    pairs = ((mine, None) for mine in own) if original is None else zip(own, original, strict=True)
+    for (log_p, nll), reference in pairs:
+        losses.append(nll)
+        if reference is not None:
+            log_q, original_nll = reference
+            original_losses.append(original_nll)
+            divergences.append(torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1))
+            agreements.append((log_p.argmax(-1) == log_q.argmax(-1)).float())
+    nll = torch.cat(losses).double()
     mean, error = _mean_and_error(nll)
     comparison = None
-    if original is not None:
-        reference = torch.cat(original_nll).double()
+    if original_losses:
+        reference_nll = torch.cat(original_losses).double()
         comparison = Comparison(
-            _perplexity(float(reference.mean()), against),
-            *_mean_and_error(nll - reference),
-            *_mean_and_error(torch.cat(divergence).double()),
-            float(torch.cat(agreement).mean()),
+            _perplexity(float(reference_nll.mean()), f"the original of {name}"),
+            *_mean_and_error(nll - reference_nll),
+            *_mean_and_error(torch.cat(divergences).double()),
+            *_mean_and_error(torch.cat(agreements).double()),
         )
     by_position = [float(part.mean()) for part in nll.chunk(8, dim=1)]
-    return Evaluation(_perplexity(mean, model), mean, error, by_position, nll.numel(), len(windows), window, comparison)
+    shape = (nll.numel(), len(nll), nll.shape[1] + 1)
+    return Evaluation(_perplexity(mean, name), mean, error, by_position, *shape, comparison)
 
 
-def _perplexity(nll: float, model: str | Path | None) -> float:
+def _perplexity(nll: float, model: str) -> float:
     """exp(nll). Raises QuantizationError where it is no number, as with a damaged embedding or norm."""
     try:
         perplexity = math.exp(nll)
@@ -131,13 +154,6 @@ def _perplexity(nll: float, model: str | Path | None) -> float:
     if not math.isfinite(perplexity):
         raise QuantizationError(f"{model}: {nll:g} nats per token, so its weights are damaged: copy it again")
     return perplexity
-
-
-def _predict(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [windows, window − 1, vocabulary], and the negative log-likelihood of each next token."""
-    logits = model(tokens, use_cache=False).logits[:, :-1].float()
-    log_p = torch.log_softmax(logits, -1)
-    return log_p, -log_p.gather(-1, tokens[:, 1:, None]).squeeze(-1).cpu()
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -90,15 +90,13 @@ class Material:
     length: int
 
 
-def measure(case: Case, size: float, material: Material) -> Row:
-    """Quantize and evaluate one case at one size."""
-    from vllm_babai.offline.tools.evaluate import evaluate  # takes seconds; --help needs none
-
+def options_of(case: Case, size: float, material: Material) -> offline.QuantizeOptions:
+    """How a case is quantized at one size."""
     if case.format == "hptq":
         asked: dict[str, Any] = {"rate": size}
     else:
         asked = {"bits": int(size)} if case.sizes == WIDTHS else {"target_bits": size}
-    options = offline.QuantizeOptions(
+    return offline.QuantizeOptions(
         format=case.format,  # type: ignore[arg-type]
         calibration=str(material.calibration),
         samples=material.samples,
@@ -106,6 +104,13 @@ def measure(case: Case, size: float, material: Material) -> Row:
         **case.options,
         **asked,
     )
+
+
+def measure(case: Case, size: float, material: Material) -> Row:
+    """Quantize and evaluate one case at one size."""
+    from vllm_babai.offline.tools.evaluate import evaluate  # takes seconds; --help needs none
+
+    options = options_of(case, size, material)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for name, value in case.constants.items():
             stack.enter_context(patch(name, value))

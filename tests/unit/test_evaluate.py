@@ -72,6 +72,7 @@ def test_a_quantized_model_against_the_original(bundled_model: Path, quantized: 
     assert comparison.loss == pytest.approx(result.nll - original.nll)
     assert comparison.divergence > 5 * comparison.divergence_error > 0
     assert 0.5 < comparison.agreement < 1
+    assert 0 < comparison.agreement_error < 0.1
 
 
 def test_windows_are_cuts_of_the_joined_documents(bundled_model: Path, tokenizer: Any, tmp_path: Path) -> None:
