@@ -168,6 +168,8 @@ def inspect(
         table.add_row(linear.name, *numbers, overflow, error)
     console = Console()
     console.print(table)
+    for experts in found.experts:
+        console.print(experts.summary, soft_wrap=True, highlight=False)
     weights, size = f"{found.quantized_weights:,} quantized weights", f"{found.checkpoint_bytes / 1e6:.1f} MB in all"
     console.print(f"{found.format}: {found.bits_per_weight:.3f} bits per weight over {weights}, {size}")
     if found.digest is not None:

@@ -167,7 +167,7 @@ class _Run:
         experts = [report_experts(each, seen) for each in stage.experts]
         for report in experts:
             if report.starved:
-                self.phase.note(str(report))
+                self.phase.note(f"{report.summary} (--samples shows them more text)")
         self.folder.write(part, tensors, reports, experts)
         if stage.experts:
             stored = self.folder.read(part)

@@ -24,13 +24,14 @@ class ExpertsReport:
     pooled: list[tuple[float, float]]
     starved: list[int]
 
-    def __str__(self) -> str:
-        least = min(self.tokens[number] for number in self.starved)
-        most = max(self.tokens[number] for number in self.starved)
-        return (
-            f"{self.name}: {len(self.starved)} of {len(self.tokens)} experts saw {least} to {most} tokens; their"
-            " Hessians are mixed with the layer's. More text (--samples) shows them more"
-        )
+    @property
+    def summary(self) -> str:
+        """The experts in one line."""
+        seen = f"{self.name}: {len(self.tokens)} experts saw {min(self.tokens)} to {max(self.tokens)} tokens each"
+        if not self.starved:
+            return seen
+        shown = ", ".join(map(str, self.starved[:8])) + (" …" if len(self.starved) > 8 else "")
+        return f"{seen}; {len(self.starved)} were starved and took most of the layer's Hessian: {shown}"
 
 
 def report_experts(experts: Experts, seen: Mapping[str, SeenByExpert]) -> ExpertsReport:

@@ -1,6 +1,6 @@
 """What a quantized folder holds, layer by layer; every stored tensor is decoded and checked on the way."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from vllm_babai.format.checksums import SUMS, changed_files, digest_of, read_sum
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, find_folder, open_checkpoint, read_json
 from vllm_babai.offline.model.complete import CompleteCheckpoint, check_complete, read_scheme
 from vllm_babai.offline.model.dense import count_stored, stored_linears
+from vllm_babai.offline.model.expert_report import ExpertsReport
 from vllm_babai.progress import counting_progress
 
 
@@ -41,6 +42,7 @@ class Inspection:
     """All linears of a folder, and totals over them. checkpoint_bytes: all weight files.
 
     digest: of everything in the folder but the report, as SHA256SUMS has it; None in older checkpoints.
+    experts: of every layer that has some, from the report.
     """
 
     format: str
@@ -49,6 +51,7 @@ class Inspection:
     quantized_weights: int
     checkpoint_bytes: int
     digest: str | None
+    experts: list[ExpertsReport] = field(default_factory=list)
 
 
 def inspect(folder: str | Path) -> Inspection:
@@ -63,7 +66,7 @@ def inspect(folder: str | Path) -> Inspection:
     checkpoint = check_complete(checkpoint)
     if not checkpoint.linears:
         raise QuantizationError(f"{folder} holds no quantized linear: config.json leaves out all of them (ignore)")
-    errors = _reported_errors(checkpoint)
+    errors, experts = _reported_errors(checkpoint), _reported_experts(checkpoint)
     linears = []
     with counting_progress() as progress, progress.phase("decoding", count_stored(checkpoint), "linears") as phase:
         for name, weight, parts, dense_range in stored_linears(checkpoint):
@@ -73,7 +76,7 @@ def inspect(folder: str | Path) -> Inspection:
     weights = sum(linear.rows * linear.columns for linear in linears)
     rate = 8 * sum(linear.bytes for linear in linears) / max(weights, 1)
     digest = digest_of(read_sums(checkpoint.folder)) if (checkpoint.folder / SUMS).exists() else None
-    return Inspection(scheme.format, linears, rate, weights, checkpoint.bytes(), digest)
+    return Inspection(scheme.format, linears, rate, weights, checkpoint.bytes(), digest, experts)
 
 
 def verify(folder: str | Path) -> str:
@@ -136,6 +139,14 @@ def _entropy(integers: Tensor) -> float:
     counts = integers.unique(return_counts=True)[1].double()
     share = counts / counts.sum()
     return float(-(share * torch.log2(share)).sum())
+
+
+def _reported_experts(checkpoint: Checkpoint) -> list[ExpertsReport]:
+    path = checkpoint.folder / REPORT
+    try:
+        return [ExpertsReport(**each) for each in read_json(path).get("experts", [])] if path.is_file() else []
+    except TypeError as error:
+        raise QuantizationError(f"{path} is not a report of `babai quantize`: copy it again, or remove it") from error
 
 
 def _reported_errors(checkpoint: Checkpoint) -> dict[str, float]:

@@ -20,6 +20,7 @@ from vllm_babai.offline.model.experts import Expert, check_experts, find_experts
 from vllm_babai.offline.model.streamed import open_streamed
 from vllm_babai.offline.solver.shrink import shrunk
 from vllm_babai.offline.tools.convert import convert
+from vllm_babai.offline.tools.inspect import inspect
 
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MANY = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -143,6 +144,7 @@ def test_an_expert_without_tokens_has_the_layers_hessian(
         assert layer["tokens"][0] == 0
         assert layer["pooled"][0] == [1.0, 1.0]
         assert 0 in layer["starved"]
+    assert "4 experts saw 0 to 256 tokens each" in inspect(out).experts[0].summary
     widths: dict[str, set[int]] = {}
     for layer in report["layers"]:
         kind = layer_name(layer["name"]).replace("gate_proj", "up_proj")

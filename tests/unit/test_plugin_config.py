@@ -124,14 +124,6 @@ def test_embeddings_are_left_to_vllm() -> None:
     assert config_of().get_quant_method(torch.nn.Embedding(4, 4), "lm_head") is None
 
 
-def test_mixture_of_experts_is_refused() -> None:
-    class RoutedExperts(torch.nn.Module):
-        pass
-
-    with pytest.raises(NotImplementedError, match=r"model.layers.3.mlp.experts: .* not supported yet"):
-        config_of().get_quant_method(RoutedExperts(), "model.layers.3.mlp.experts")
-
-
 def test_names_follow_the_model(linear: LinearBase) -> None:
     config = config_of(ignore=["model.lm.o_proj"], overrides={"model.lm.up_proj": {"bits": 8}})
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))

@@ -16,6 +16,7 @@ from vllm_babai.format import Overflow
 if TYPE_CHECKING:
     from vllm_babai.format.trellis.window import TrellisWindow
     from vllm_babai.ops.coded import CodedTensors
+    from vllm_babai.ops.experts import Activate, ExpertTensors
     from vllm_babai.ops.layout import DeviceLayout
     from vllm_babai.ops.trellis import TrellisTensors
 
@@ -42,6 +43,23 @@ class Backend(Protocol):
         self, layout: "DeviceLayout", bits: int, in_features: int, out_features: int, dtype: torch.dtype
     ) -> None:
         """Compile everything that `matmul` may use for this linear and activations of `dtype`."""
+
+    def experts_layout(self, layouts: "list[DeviceLayout]") -> "DeviceLayout":
+        """The layouts of linears of one size and width, one an expert, as one.
+
+        A backend may lack this and the next two.
+        """
+
+    def multiply_experts(
+        self, x: Tensor, weights: Tensor, ids: Tensor, experts: "ExpertTensors", activate: "Activate"
+    ) -> Tensor:
+        """x [tokens, hidden] → for every token the sum of what its experts make of it, weighted, in the dtype of x.
+
+        weights: float32 [tokens, k]. ids: int [tokens, k], which expert of `experts`; −1: none of them.
+        """
+
+    def warm_up_experts(self, experts: "ExpertTensors", hidden: int, dtype: torch.dtype) -> None:
+        """Compile everything that `multiply_experts` may use for activations of `dtype`."""
 
     def multiply_coded(self, x: Tensor, coded: "CodedTensors") -> Tensor:
         """As `matmul`, for a linear that stays entropy coded."""

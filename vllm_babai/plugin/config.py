@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -11,6 +12,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_babai.format import FORMATS, CheckpointConfig, LayerScheme
 from vllm_babai.format.config import QUANT_METHOD, without_refusal
+from vllm_babai.plugin.experts import BabaiExpertsMethod
 from vllm_babai.plugin.kept import KeptTensors
 from vllm_babai.plugin.linear import BabaiLinearMethod
 from vllm_babai.plugin.names import Found, LinearNames, renamed
@@ -24,7 +26,6 @@ FUSED = {  # what vLLM fuses in classes that do not say so, such as that of Stab
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
-MOE_LAYERS = {"FusedMoE", "RoutedExperts"}  # the class was renamed between versions of vLLM
 
 
 def register_config() -> None:
@@ -97,11 +98,11 @@ class BabaiConfig(QuantizationConfig):
         """How vLLM treats the layer called `prefix`; None (embeddings, attention) leaves it to vLLM.
 
         Linears are quantized unless the checkpoint ignores them, lm_head only where its overrides name it; that is
-        never coded, as decoded it would be the largest tensor of all. Raises NotImplementedError for a
-        mixture-of-experts layer and ValueError when linears that vLLM fuses are stored differently.
+        never coded, as decoded it would be the largest tensor of all. Raises NotImplementedError for experts in a
+        residency other than packed and ValueError when linears that vLLM fuses are stored differently.
         """
-        if any(base.__name__ in MOE_LAYERS for base in type(layer).__mro__):
-            raise NotImplementedError(f"{prefix}: mixture-of-experts layers are not supported yet")
+        if isinstance(layer, RoutedExperts):
+            return self._experts(layer, prefix)
         if isinstance(layer, ParallelLMHead) and prefix in self.checkpoint.overrides:
             residency = FORMATS[self.checkpoint.format].residencies[0]
             return self._method(residency, self.checkpoint.scheme(prefix), prefix, [prefix])
@@ -112,6 +113,29 @@ class BabaiConfig(QuantizationConfig):
         if scheme is None:
             return UnquantizedLinearMethod()
         return self._method(self.checkpoint.residency, scheme, prefix, [linear.stored for linear in linears])
+
+    def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """How the routed experts of a layer are held; None where they are not quantized."""
+        asked = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
+        wanted = {shard: name for shard, name in asked.items() if name is not None}
+        stored = self.names.experts(prefix, wanted.values())
+        if not stored:
+            return None
+        if len(stored) < len(wanted):
+            raise ValueError(f"{prefix}: the checkpoint has only {', '.join(stored)} of its experts quantized")
+        residency = self.checkpoint.residency
+        if residency != "packed":
+            raise NotImplementedError(
+                f"{prefix}: experts are served with residency 'packed' alone, not {residency!r}"
+                ' (--hf-overrides \'{"babai_residency": "packed"}\')'
+            )
+        names = dict(zip(wanted, stored, strict=True))
+        schemes = {shard: self.names.checkpoint.scheme(name.replace("#", "0")) for shard, name in names.items()}
+        if len({scheme for shard, scheme in schemes.items() if shard != "w2"}) > 1:
+            raise ValueError(f"{prefix}: vLLM fuses gate and up of experts, which the checkpoint stores differently")
+        reader = READERS[self.checkpoint.format, residency]
+        readers = {"w13": reader(next(iter(schemes.values()))), "w2": reader(schemes["w2"])}
+        return BabaiExpertsMethod(layer.moe_config, prefix, names, readers, self.progress, self.kept)
 
     def _method(self, residency: str, scheme: LayerScheme, prefix: str, names: list[str]) -> QuantizeMethodBase:
         reader = READERS[self.checkpoint.format, residency](scheme)

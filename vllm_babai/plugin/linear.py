@@ -94,7 +94,7 @@ class BabaiLinearMethod(LinearMethodBase):
         for name, dtype in self.reader.form.dtypes.items():
             layer.register_parameter(name, self._placeholder(layer, dtype, weight_loader))
         self.vllm_config = get_current_vllm_config()
-        _check_offloading(self.vllm_config)
+        check_offloading(self.vllm_config)
         self.progress.expect()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -192,7 +192,7 @@ class BabaiLinearMethod(LinearMethodBase):
         return tensors
 
 
-def _check_offloading(vllm_config: VllmConfig) -> None:
+def check_offloading(vllm_config: VllmConfig) -> None:
     """Raise NotImplementedError for vLLM's offloading of weights, which reckons with sizes before loading.
 
     Placeholders have none then: any budget would move all quantized layers.

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from vllm_babai.format import CheckpointConfig
+from vllm_babai.format.config import layer_name
 
 Renaming = Callable[[dict[str, Any]], dict[str, Any]]  # keys are names: `WeightsMapper.apply_dict`
 
@@ -28,9 +29,15 @@ class LinearNames:
     """
 
     def __init__(self, checkpoint: CheckpointConfig, renaming: Renaming = dict) -> None:
+        self.checkpoint = checkpoint
         self.by_name: dict[str, Found] = {}
         self.by_last_part: dict[tuple[str, str], list[Found]] = {}  # key: block, last part of the name
+        self.of_experts: dict[tuple[str, str], str] = {}  # the same key → stored name, with # for the expert's number
         for block in checkpoint.scope or ():
+            for kind in (kind for kind in checkpoint.linears or () if ".#." in kind):
+                if layer_name(f"{block}.{kind}".replace("#", "0")) not in checkpoint.ignore:
+                    for key in renaming({block: None}):
+                        self.of_experts[key, kind.rpartition(".")[2]] = f"{block}.{kind}"
             stored = [f"{block}.{kind}" for kind in checkpoint.linears or () if "#" not in kind]
             for renamed, name in renaming({name: name for name in stored}).items():
                 found = self.by_name[renamed] = Found(renamed, name)
@@ -44,6 +51,13 @@ class LinearNames:
     def find(self, name: str) -> Found:
         """The names of the linear that vLLM calls `name`; both are `name` where nothing is known of it."""
         return self._found(name) or Found(name, name)
+
+    def experts(self, prefix: str, last_parts: Iterable[str]) -> list[str]:
+        """Stored names of the linears of the experts in the layer that vLLM calls `prefix`, by the last parts of their
+        names, with # for the expert's number; none where they are not quantized.
+        """
+        block = next((block for block, _ in self.of_experts if prefix.startswith(f"{block}.")), "")
+        return [self.of_experts[block, last] for last in last_parts if (block, last) in self.of_experts]
 
     def _found(self, name: str) -> Found | None:
         if name in self.by_name:

@@ -1,0 +1,195 @@
+"""Routed experts in vLLM on the CPU, as each tensor- and expert-parallel rank holds them, against dense weights."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+from vllm_babai.format import HPTQ, SSQR, FormatError, LatticeWeight, Overflow, integer_range, share_beyond, unpack
+from vllm_babai.format.config import CheckpointConfig, LayerScheme
+from vllm_babai.plugin.experts import BabaiExpertsMethod, widened
+from vllm_babai.plugin.kept import KeptTensors
+from vllm_babai.plugin.names import LinearNames
+from vllm_babai.plugin.progress import LoadProgress
+from vllm_babai.plugin.readers import READERS
+from vllm_babai.plugin.residency import PackedWeight
+
+EXPERTS, HIDDEN, INNER, TOP, TOKENS = 4, 64, 96, 2, 11
+NAMES = {"w1": "model.layers.3.mlp.experts.#.gate_proj", "w3": "model.layers.3.mlp.experts.#.up_proj"} | {
+    "w2": "model.layers.3.mlp.experts.#.down_proj"
+}
+Weights = dict[tuple[int, str], LatticeWeight]
+
+
+@pytest.fixture
+def weights() -> Weights:
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for expert in range(EXPERTS):
+        for shard in NAMES:
+            shape = (HIDDEN, INNER) if shard == "w2" else (INNER, HIDDEN)
+            spread = 2.0 + 3 * expert  # so that HPTQ's experts take different widths
+            integers = (torch.randn(shape, generator=generator) * spread).round().short()
+            scales = (torch.rand(shape[0], 1, generator=generator) * 0.02 + 0.01).bfloat16()
+            found[expert, shard] = LatticeWeight(integers, scales)
+    return found
+
+
+class Layer(nn.Module):
+    """What vLLM's layer of routed experts gives to its method. local: numbers of this rank's experts."""
+
+    def __init__(self, local: range, *, on_input: bool = False) -> None:
+        super().__init__()
+        self.local = local
+        self.apply_router_weight_on_input = on_input
+        self.activation = MoEActivation.SILU
+        whole = len(local) == EXPERTS
+        self.expert_map = None if whole else torch.tensor([self.local_number(e) for e in range(EXPERTS)])
+
+    def local_number(self, number: int) -> int:
+        return self.local.index(number) if number in self.local else -1
+
+    _map_global_expert_id_to_local_expert_id = local_number
+
+
+def loaded(
+    form: str,
+    weights: Weights,
+    layer: Layer,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    leave_out: tuple[int, str] | None = None,
+) -> BabaiExpertsMethod:
+    """The method after loading, as rank `rank` of `ranks` that divide each expert."""
+    readers = {stem: READERS[form, "packed"](LayerScheme(4 if form == "ssqr" else None)) for stem in ("w13", "w2")}
+    moe: Any = SimpleNamespace(has_bias=False, tp_rank=rank, tp_size=ranks)
+    method = BabaiExpertsMethod(moe, "experts", NAMES, readers, LoadProgress(), KeptTensors(None))
+    with set_current_vllm_config(VllmConfig()):
+        method.create_weights(layer, len(layer.local), HIDDEN, INNER // ranks, torch.float32)
+    for (expert, shard), weight in weights.items():
+        name = NAMES[shard].replace("#", str(expert))
+        stored = SSQR.encode(weight, 4, name) if form == "ssqr" else HPTQ.encode(weight, linear=name)
+        stem = "w2" if shard == "w2" else "w13"
+        for key, tensor in stored.tensors().items():
+            if (expert, shard) != leave_out:
+                loader = getattr(layer, f"{stem}_{key}").weight_loader
+                arguments = {"weight_name": key, "shard_id": shard, "expert_id": expert, "return_success": True}
+                here = loader(getattr(layer, f"{stem}_{key}"), tensor, **arguments)
+                assert here == (expert in layer.local)
+    method.process_weights_after_loading(layer)
+    return method
+
+
+def routing() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(TOKENS, HIDDEN, generator=generator)
+    ids = torch.stack(
+        [torch.randperm(EXPERTS - 1, generator=generator)[:TOP] for _ in range(TOKENS)]
+    )  # none to the last
+    return x, torch.rand(TOKENS, TOP, generator=generator), ids
+
+
+def expected(weights: Weights, x: Tensor, router: Tensor, ids: Tensor, *, on_input: bool = False) -> Tensor:
+    result = torch.zeros_like(x)
+    for token in range(len(x)):
+        for weight, expert in zip(router[token], ids[token].tolist(), strict=True):
+            gate, up, down = (weights[expert, shard].dequantize() for shard in ("w1", "w3", "w2"))
+            row = x[token] * weight if on_input else x[token]
+            y = down @ (torch.nn.functional.silu(gate @ row) * (up @ row))
+            result[token] += y if on_input else y * weight
+    return result
+
+
+def run(method: BabaiExpertsMethod, layer: Layer, x: Tensor, router: Tensor, ids: Tensor) -> Tensor:
+    return method.apply(layer, x, router, ids, None, None)
+
+
+@pytest.mark.parametrize("form", ["ssqr", "hptq"])
+@pytest.mark.parametrize("parallel", ["none", "tensor", "experts"])
+def test_ranks_add_up_to_the_dense_experts(form: str, parallel: str, weights: Weights) -> None:
+    x, router, ids = routing()
+    whole = range(EXPERTS)
+    layers = {
+        "none": [(Layer(whole), 0, 1)],
+        "tensor": [(Layer(whole), rank, 2) for rank in range(2)],
+        "experts": [(Layer(range(2)), 0, 1), (Layer(range(2, 4)), 0, 1)],
+    }[parallel]
+    found = torch.zeros_like(x)
+    for layer, rank, ranks in layers:
+        method = loaded(form, weights, layer, rank=rank, ranks=ranks)
+        found += run(method, layer, x, router, ids)
+        assert not hasattr(layer, "w2_scale")
+    torch.testing.assert_close(found, expected(weights, x, router, ids), rtol=1e-3, atol=1e-3)
+
+
+def test_router_weights_on_the_input(weights: Weights) -> None:
+    x, router, ids = routing()
+    router, ids = router[:, :1], ids[:, :1]
+    layer = Layer(range(EXPERTS), on_input=True)
+    found = run(loaded("ssqr", weights, layer), layer, x, router, ids)
+    torch.testing.assert_close(found, expected(weights, x, router, ids, on_input=True), rtol=1e-3, atol=1e-3)
+
+
+def test_the_op_is_traceable(weights: Weights) -> None:
+    x, router, ids = routing()
+    layer = Layer(range(EXPERTS))
+    method = loaded("ssqr", weights, layer)
+    compiled: Callable[..., Tensor] = torch.compile(
+        lambda x, router, ids: run(method, layer, x, router, ids), backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(x, router, ids), run(method, layer, x, router, ids))
+
+
+def test_a_missing_or_doubled_tensor_is_named(weights: Weights) -> None:
+    with pytest.raises(FormatError, match=r"experts\.2\.up_proj: the checkpoint lacks qweight"):
+        loaded("ssqr", weights, Layer(range(EXPERTS)), leave_out=(2, "w3"))
+    swapped = weights | {(1, "w2"): LatticeWeight(weights[1, "w1"].integers, weights[1, "w1"].scales)}
+    with pytest.raises(FormatError, match=r"experts\.1\.down_proj"):
+        loaded("ssqr", swapped, Layer(range(EXPERTS)))
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bias", "ranks", "message"),
+    [
+        ("meta", False, 1, "not for meta"),
+        ("cpu", True, 1, "biases"),
+        ("cpu", False, 32, "do not divide among ranks"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(device: str, has_bias: bool, ranks: int, message: str) -> None:
+    readers = {stem: READERS["ssqr", "packed"](LayerScheme(4)) for stem in ("w13", "w2")}
+    moe: Any = SimpleNamespace(has_bias=has_bias, tp_rank=0, tp_size=ranks)
+    method = BabaiExpertsMethod(moe, "experts", NAMES, readers, LoadProgress(), KeptTensors(None))
+    with torch.device(device), pytest.raises((NotImplementedError, ValueError), match=message):
+        method.create_weights(Layer(range(EXPERTS)), EXPERTS, HIDDEN, INNER // ranks, torch.float32)
+
+
+def test_a_wider_dense_part_is_the_same_weight(weights: Weights) -> None:
+    integers = weights[3, "w1"].integers
+    narrow = SSQR.encode(weights[3, "w1"], 3, "linear")
+    dense = integers.clamp(*integer_range(3))
+    rows, columns = torch.where(integers != dense)
+    excess = (integers - dense)[rows, columns].int()
+    weight = PackedWeight(3, narrow.qweight, narrow.scales, Overflow(rows.int(), columns.int(), excess))
+    wide = widened(weight, 5, HIDDEN)
+    restored = unpack(wide.qweight, 5, HIDDEN)
+    restored[wide.overflow.rows.long(), wide.overflow.columns.long()] += wide.overflow.excess.short()
+    assert torch.equal(restored, integers)
+    assert len(wide.overflow.excess) / integers.numel() == pytest.approx(share_beyond(integers, integer_range(5)))
+
+
+def test_names_of_experts() -> None:
+    kinds = ["mlp.experts.#.down_proj", "mlp.experts.#.gate_proj", "mlp.experts.#.up_proj", "self_attn.q_proj"]
+    ignore = [f"model.layers.1.mlp.experts.{name}" for name in ("down_proj", "gate_proj", "up_proj")]
+    config = CheckpointConfig("ssqr", 4, scope=["model.layers.0", "model.layers.1"], linears=kinds, ignore=ignore)
+    names = LinearNames(config)
+    asked = ["gate_proj", "up_proj", "down_proj"]
+    found = names.experts("model.layers.0.feed_forward.experts", asked)
+    assert found == [f"model.layers.0.mlp.experts.#.{name}" for name in asked]
+    assert names.experts("model.layers.1.mlp.experts", asked) == []

@@ -1,0 +1,26 @@
+"""The tensors of all experts that a rank holds of a layer: what backends multiply with for the op `babai::moe`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vllm_babai.ops.layout import DeviceLayout
+
+Activate = Callable[[Tensor], Tensor]  # [rows, rows of gate_up] → [rows, inner]
+
+
+class ExpertTensors(NamedTuple):
+    """The linears of all experts, dense + sparse, in one layout for each kind of linear.
+
+    gate_up: gate above up, or the only linear before the activation. down: the one after. Both are what the backend's
+    `experts_layout` makes. gate_up_bits, down_bits: of their dense parts. gate_up_rows: of each expert. inner: columns
+    of down, what `activate` leaves of them.
+    """
+
+    gate_up: DeviceLayout
+    down: DeviceLayout
+    gate_up_bits: int
+    down_bits: int
+    gate_up_rows: int
+    inner: int

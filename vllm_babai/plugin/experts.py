@@ -1,0 +1,215 @@
+"""Experts in vLLM whose weights are lattice points: stored tensors → one layout for all experts → an op of ours."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_babai.format import Overflow, integer_range, pack, unpack
+from vllm_babai.ops.backends import backend
+from vllm_babai.ops.experts import ExpertTensors
+from vllm_babai.ops.layout import DeviceLayout
+from vllm_babai.plugin.assemble import assemble
+from vllm_babai.plugin.kept import KeptTensors
+from vllm_babai.plugin.linear import check_offloading
+from vllm_babai.plugin.moe import multiply_experts
+from vllm_babai.plugin.parameter import Part
+from vllm_babai.plugin.progress import LoadProgress
+from vllm_babai.plugin.readers import Reader
+from vllm_babai.plugin.readers.reader import Window
+from vllm_babai.plugin.residency import PackedWeight
+
+SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}  # stem of the parameters → vLLM's names of an expert's linears in it
+FIELDS = DeviceLayout._fields
+
+
+class BabaiExpertsMethod(FusedMoEMethodBase):
+    """A layer's routed experts, of which this rank holds some (expert parallel) or a part of each (tensor parallel).
+
+    names: of the linears in the checkpoint by vLLM's w1, w2 and w3, with # for the number of the expert. readers: of
+    w13, gate above up, and of w2. progress: of the model's layers. kept: see `plugin.kept`.
+    """
+
+    hidden: int  # from create_weights on, like the next
+    inner: int  # columns of w2 on this rank
+    experts: int  # on this rank
+    bits: dict[str, int]  # from process_weights_after_loading on
+
+    def __init__(
+        self,
+        moe: Any,
+        prefix: str,
+        names: dict[str, str],
+        readers: dict[str, Reader],
+        progress: LoadProgress,
+        kept: KeptTensors,
+    ) -> None:
+        super().__init__(moe)
+        self.prefix, self.names, self.readers = prefix, names, readers
+        self.progress, self.kept = progress, kept
+        self.parts: dict[tuple[int, str], dict[str, list[Part]]] = {}  # local expert and stem → by tensor
+        self.numbers: dict[int, int] = {}  # local expert → its number in the checkpoint
+
+    def get_fused_moe_quant_config(self, layer: Module) -> None:
+        """None: vLLM's own kernels have no part in this."""
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **_: Any,
+    ) -> None:
+        """Register a placeholder per kind of stored tensor, which takes no memory.
+
+        Raises ValueError when the experts cannot be cut for this rank, NotImplementedError for what is not there yet.
+        """
+        if self.moe.has_bias:
+            raise NotImplementedError(
+                f"{self.prefix}: experts with biases (gpt-oss) are not served yet: convert --to dense"
+            )
+        device = torch.get_default_device()
+        if not hasattr(backend(device.type), "multiply_experts"):
+            raise NotImplementedError(
+                f"{self.prefix}: experts have no kernels for {device.type} yet: serve them on a CPU, or make an"
+                " ordinary checkpoint with `babai convert OUT NEW --to dense`"
+            )
+        multiple = self.readers["w2"].column_multiple
+        if self.moe.tp_size > 1 and intermediate_size_per_partition % multiple:
+            raise ValueError(
+                f"{self.prefix}: {intermediate_size_per_partition * self.moe.tp_size} features of its experts do not"
+                f" divide among ranks into multiples of {multiple}; choose a smaller tensor-parallel size, or"
+                " --enable-expert-parallel"
+            )
+        self.experts, self.hidden, self.dtype = num_experts, hidden_size, params_dtype
+        self.inner = intermediate_size_per_partition
+        self.vllm_config = get_current_vllm_config()
+        check_offloading(self.vllm_config)
+        for stem, reader in self.readers.items():
+            for key, dtype in reader.form.dtypes.items():
+                self._expect(stem, key)
+                placeholder = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+                set_weight_attrs(placeholder, {"weight_loader": partial(self._load, layer, stem, key)})
+                layer.register_parameter(f"{stem}_{key}", placeholder)
+        self.progress.expect()
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Replace the stored tensors by the layouts of all experts. Raises FormatError that names what is at fault."""
+        self.kept.check(self.vllm_config.model_config, self.vllm_config.load_config)
+        self.bits = {}
+        for stem, reader in self.readers.items():
+            device = getattr(layer, f"{stem}_{next(iter(reader.form.dtypes))}").device
+            weights = [self._weight(reader, number, stem) for number in range(self.experts)]
+            columns = self.hidden if stem == "w13" else self.inner
+            bits = self.bits[stem] = max(weight.bits for weight in weights)
+            maker = backend(device.type)
+            layouts = []
+            for weight in (widened(weight, bits, columns) for weight in weights):
+                parts = (weight.qweight, weight.scales, weight.overflow, bits, columns, device)
+                layouts.append(maker.device_layout(*parts))
+            for key in reader.form.dtypes:
+                delattr(layer, f"{stem}_{key}")
+            for field, tensor in maker.experts_layout(layouts)._asdict().items():
+                layer.register_parameter(f"{stem}_{field}", Parameter(tensor, requires_grad=False))
+        maker.warm_up_experts(self._tensors(layer), self.hidden, self.dtype)
+        self.parts.clear()
+        self.progress.advance("Packing")
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any,
+        shared_experts_input: Any,
+    ) -> Tensor:
+        """x [tokens, hidden] → the sum of what the experts of this rank make of it, weighted, in the dtype of x."""
+        on_input = layer.apply_router_weight_on_input
+        if on_input:
+            x = x * topk_weights.to(x.dtype)
+        ids = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
+        weights = torch.ones_like(topk_weights) if on_input else topk_weights
+        return multiply_experts(x, weights.float(), ids, self._tensors(layer), layer.activation.value)
+
+    def _tensors(self, layer: Module) -> ExpertTensors:
+        first, second = (DeviceLayout(*(getattr(layer, f"{stem}_{field}") for field in FIELDS)) for stem in SHARDS)
+        return ExpertTensors(first, second, self.bits["w13"], self.bits["w2"], self._rows("w13"), self.inner)
+
+    def _rows(self, stem: str) -> int:
+        return self.hidden if stem == "w2" else self.inner * len(self._shards(stem))
+
+    def _shards(self, stem: str) -> list[str]:
+        return [shard for shard in SHARDS[stem] if shard in self.names]
+
+    def _expect(self, stem: str, key: str) -> None:
+        for number in range(self.experts):
+            self.parts.setdefault((number, stem), {})[key] = []
+
+    def _load(
+        self,
+        layer: Any,
+        stem: str,
+        key: str,
+        param: Parameter,
+        loaded_weight: Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """The weight loader of a placeholder, as vLLM calls it: notes what this rank takes of one stored tensor."""
+        number = layer._map_global_expert_id_to_local_expert_id(expert_id)
+        if number == -1:
+            return False if return_success else None
+        rank, ranks = self.moe.tp_rank, self.moe.tp_size
+        own, whole, all_inner = (
+            slice(rank * self.inner, (rank + 1) * self.inner),
+            slice(0, self.hidden),
+            self.inner * ranks,
+        )
+        if shard_id == "w2":
+            part = Part(loaded_weight, Window(whole, own), (self.hidden, all_inner), 0)
+        else:
+            first = self.inner * self._shards(stem).index(shard_id)
+            part = Part(loaded_weight, Window(own, whole), (all_inner, self.hidden), first)
+        self.parts[number, stem][key].append(part)
+        self.numbers[number] = expert_id
+        return True if return_success else None
+
+    def _weight(self, reader: Reader, number: int, stem: str) -> PackedWeight:
+        """What this rank holds of an expert."""
+        columns = self.hidden if stem == "w13" else self.inner
+        if self.vllm_config.load_config.load_format == "dummy":
+            return reader.dummy(self._rows(stem), columns)
+        rows = self._rows(stem) // len(self._shards(stem))
+        stored = {
+            self.names[shard].replace("#", str(self.numbers.get(number, number))): rows for shard in self._shards(stem)
+        }
+        weight = assemble(reader, self.parts[number, stem], stored)
+        if weight.input_scales is not None:
+            raise NotImplementedError(
+                f"{next(iter(stored))}: experts whose columns have steps of their own are not served"
+            )
+        return weight
+
+
+def widened(weight: PackedWeight, bits: int, columns: int) -> PackedWeight:
+    """The same weight with a dense part of `bits`, no fewer than it has; columns: of it."""
+    if weight.bits == bits:
+        return weight
+    integers = unpack(weight.qweight, weight.bits, columns)
+    overflow = weight.overflow
+    integers[overflow.rows.long(), overflow.columns.long()] += overflow.excess.short()
+    dense = integers.clamp(*integer_range(bits))
+    rows, places = torch.where(integers != dense)
+    rest = Overflow(rows.int(), places.int(), (integers - dense)[rows, places].int())
+    return replace(weight, bits=bits, qweight=pack(dense, bits), overflow=rest)
