@@ -115,13 +115,13 @@ def run(kinds: Any, examples: int, ranks: int, quantized: Path, tmp_path: Path, 
         what = damage(chance.choice(sorted(folder.glob(files))), chance)
         verdict, why = attack(folder, ranks, baselines[quantized, ranks])
         figures[f"{name}: vLLM, ranks {ranks}", verdict] += 1
-        assert verdict in ("refused by name", "refused without a name", "harmless"), f"{name} {number}: {what}: {why}"
+        assert verdict in ("refused by name", "harmless"), f"{name} {number}: {what}: {why}"
 
     one()
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_damage_is_refused_or_harmless(
+def test_damage_is_refused_by_name_or_harmless(
     ranks: int, quantized: Path, tmp_path: Path, figures: Any, baselines: Any
 ) -> None:
     for kind in DAMAGES:

@@ -8,8 +8,10 @@ vLLM. Everything else, config.json and the tokenizer too, stands in the file SHA
 
 import hashlib
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, uint8
@@ -76,7 +78,7 @@ def tensors_kept(names: Iterable[str], parts: Collection[str]) -> set[str]:
 def kept_checksums(files: Iterable[Path], parts: Collection[str]) -> dict[str, str]:
     """Name → checksum of all tensors in weight files that are stored as they were, sorted by name."""
     files = list(files)
-    kept = tensors_kept((name for path in files for name in _names(path)), parts)
+    kept = tensors_kept((name for path in files for name in tensor_names(path)), parts)
     by_file = parallel_map(lambda path: _checksums(path, kept), files)
     return dict(sorted((name, checksum) for found in by_file for name, checksum in found.items()))
 
@@ -99,17 +101,25 @@ def compare(name: str, found: str | None, wanted: str | None) -> None:
         raise FormatError(f"{name} is corrupt: its checksum is {found}, in config.json it is {wanted}; copy it again")
 
 
+def tensor_names(path: Path) -> list[str]:
+    """Names of a safetensors file's tensors. Raises FormatError that names it where it is cut or no such file."""
+    with _open(path) as file:
+        return list(file.keys())
+
+
 def _checksums(path: Path, names: Collection[str]) -> dict[str, str]:
+    with _open(path) as file:
+        return {name: tensor_checksum(file.get_tensor(name)) for name in file.keys() if name in names}  # noqa: SIM118
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """An open safetensors file. Raises FormatError that names it, also for what happens while it is open."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tensor_checksum(file.get_tensor(name)) for name in file.keys() if name in names}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise FormatError(f"{path} is no safetensors file that can be read ({error}): copy it again") from error
-
-
-def _names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Embeddings, norms, biases and other tensors that were left as they were: vLLM loads them, and we compare them."""
+"""What vLLM reads by itself, and we look at: weight files, and tensors that were left as they were, such as norms."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from vllm.distributed import get_world_group, model_parallel_is_initialized
 from vllm.logger import init_logger
 
 from vllm_babai.format.checksums import check_kept
+from vllm_babai.plugin.weight_files import check_weight_files
 
 logger = init_logger(__name__)
 
@@ -16,12 +17,23 @@ logger = init_logger(__name__)
 class KeptTensors:
     """The checksums of the tensors that are stored as they were, compared once, when a model was loaded first.
 
-    The methods of its layers share this. What is compared is the files, which vLLM has just read: on the first rank of
-    every machine, all tensors whole. Quantized linears need it not: every rank checks what it takes of them.
+    The methods of its layers share this; before the first load they have the weight files looked at, too. What is
+    compared is the files, which vLLM has just read: on the first rank of every machine, all tensors whole. Quantized
+    linears need it not: every rank checks what it takes of them.
     """
 
     def __init__(self, checksums: dict[str, str] | None) -> None:
         self.checksums = checksums
+        self.files_checked = False
+
+    def check_files(self, model: ModelConfig | None, load: LoadConfig) -> None:
+        """Raise FormatError that names a weight file which is cut or missing, before vLLM reads any; the first time.
+
+        What is fetched from the hub is not looked at: it comes whole, or not at all. model: None for a lone layer.
+        """
+        if not self.files_checked and model is not None and load.load_format != "dummy" and Path(model.model).is_dir():
+            check_weight_files(Path(model.model))
+        self.files_checked = True
 
     def check(self, model: ModelConfig, load: LoadConfig) -> None:
         """Raise FormatError that names a tensor which is missing, or another than config.json says. Then never again:

@@ -78,7 +78,8 @@ class BabaiLinearMethod(LinearMethodBase):
     ) -> None:
         """Register a placeholder per stored tensor.
 
-        Raises ValueError when the layer cannot be cut for this rank, NotImplementedError for offloading to the CPU.
+        Raises ValueError when the layer cannot be cut for this rank, NotImplementedError for offloading to the CPU,
+        FormatError for a weight file that is cut or missing.
         """
         self._check_columns(input_size_per_partition, input_size)
         padding = 0
@@ -95,6 +96,7 @@ class BabaiLinearMethod(LinearMethodBase):
             layer.register_parameter(name, self._placeholder(layer, dtype, weight_loader))
         self.vllm_config = get_current_vllm_config()
         check_offloading(self.vllm_config)
+        self.kept.check_files(self.vllm_config.model_config, self.vllm_config.load_config)
         self.progress.expect()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
