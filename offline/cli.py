@@ -278,6 +278,38 @@ def _print_evaluation(result: "Evaluation") -> None:
     console.print(f"{result.windows} windows of {result.window} tokens")
 
 
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Model folders, quantized or dense, or names on the hub.")],
+    against: Annotated[str, typer.Option(help="The original model.")],
+    data: Annotated[Path, typer.Option(help="Text: a .jsonl, .txt or .parquet file.")],
+    *,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    samples: Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0: all.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Several models beside each other: bytes of their weight files, and how far they are from the original."""
+    from vllm_babai.offline.model.checkpoint import open_checkpoint
+    from vllm_babai.offline.tools.evaluate import evaluate
+
+    sizes = [open_checkpoint(model).bytes() for model in models]  # before the first of them takes its time
+    found = [evaluate(model, data, window=window, samples=samples, against=against) for model in models]
+    if as_json:
+        rows = zip(models, sizes, found, strict=True)
+        typer.echo(json.dumps([{"model": model, "bytes": size, **asdict(one)} for model, size, one in rows], indent=2))
+        return
+    table = Table(
+        Column("model", overflow="fold"), "MB", "perplexity", "loss, nats per token", "KL, nats", "same top token"
+    )
+    for model, size, one in zip(models, sizes, found, strict=True):
+        c = one.comparison
+        assert c is not None
+        loss, divergence = f"{c.loss:.4f} ± {c.loss_error:.4f}", f"{c.divergence:.4f} ± {c.divergence_error:.4f}"
+        agreement = f"{c.agreement:.1%} ± {c.agreement_error:.1%}"
+        table.add_row(model, f"{size / 1e6:.1f}", f"{one.perplexity:.3f}", loss, divergence, agreement)
+    Console().print(table)
+
+
 def _print_scores(scores: "list[Score]", original: "list[Score] | None" = None) -> None:
     table = Table("task", "metric", "value", "standard error", *(("original",) if original else ()))
     for i, score in enumerate(scores):

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from vllm_babai.offline.cli import main
+from vllm_babai.offline.cli import app, main
 
 BABAI = Path(sys.executable).with_name("babai")
 
@@ -45,6 +46,14 @@ def test_quantize_inspect_eval(model: Path, short_text: Path, tmp_path: Path) ->
     assert result["windows"] == 4
     assert abs(result["comparison"]["loss"]) < 0.1
     assert f"| {short_text.name}, 4 windows of 64 tokens |" in (out / "README.md").read_text()
+
+    of_text = ("--data", short_text, "--window", "64", "--samples", "4")
+    command = ["compare", out, model, *of_text, "--against", model, "--json"]
+    beside = json.loads(CliRunner().invoke(app, [str(word) for word in command]).stdout)
+    assert [each["model"] for each in beside] == [str(out), str(model)]
+    assert beside[0]["bytes"] < beside[1]["bytes"]
+    assert beside[0]["comparison"] == result["comparison"]
+    assert beside[1]["comparison"]["divergence"] == pytest.approx(0, abs=1e-7)
     assert "--card needs --data" in babai("eval", model, "--data", short_text, "--card").stderr
 
 
