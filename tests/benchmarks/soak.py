@@ -8,6 +8,9 @@ to refuse: prompts that are too long, malformed JSON, an absurd `n`. Between the
 known from the dense twin in transformers. Memory, file handles and latency are noted over time; at the end the server
 gets SIGTERM while it is busy. Exits with 1 if a token was wrong, an answer had an unexpected status, or the server did
 not end cleanly. What it shows besides is read from the table and the plot: a leak is a line that keeps rising.
+
+`--endings` serves the model and its dense twin for a quarter of a minute each, with and without vLLM's
+`--shutdown-timeout`, and shows how long each takes to end under load.
 """
 
 import asyncio
@@ -39,6 +42,9 @@ NEW_TOKENS = 16
 MARGIN = 0.05  # nats between the twin's two best tokens: more than float32 sums in another order can move
 SAMPLE_SECONDS = 5
 START_SECONDS, STOP_SECONDS = 300, 60
+# vLLM's `--shutdown-timeout`. Without it the engine ends at once, and the HTTP server waits for answers without end.
+DRAIN_SECONDS = 20
+BUSY_SECONDS = 15  # before SIGTERM, where it is all that is looked at
 TIMEOUT_SECONDS = 300  # of one request
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -65,13 +71,15 @@ PROMPTS = (
 @dataclass
 class Served:
     """What the soak saw. answers: kind of request → seconds of each. faults: what must not happen, in words.
-    samples: (seconds since the start, resident bytes, file handles) of the server and its children.
+    samples: (seconds since the start, resident bytes, file handles) of the server and its children. ending: seconds
+    from SIGTERM to its end; None where it still ran after STOP_SECONDS.
     """
 
     answers: dict[str, list[float]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     samples: list[tuple[float, int, int]] = field(default_factory=list)
     checked: int = 0
+    ending: float | None = None
 
 
 @dataclass(frozen=True)
@@ -166,8 +174,8 @@ class Clients:
             self.served.faults.append(f"{kind}: was not refused")
 
 
-def prepare(folder: Path) -> tuple[Path, list[Probe]]:
-    """Quantize the bundled model; the probes are what its dense twin says, where it is sure of it."""
+def prepare(folder: Path) -> tuple[dict[str, Path], list[Probe]]:
+    """The bundled model, quantized and as its dense twin; the probes are what the twin says, where it is sure of it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from vllm_babai.offline import QuantizeOptions, quantize
@@ -189,16 +197,20 @@ def prepare(folder: Path) -> tuple[Path, list[Probe]]:
         if float((best[..., 0] - best[..., 1]).min()) > MARGIN:
             answer = found.sequences[0, tokens["input_ids"].shape[1] :]
             probes.append(Probe(prompt, tokenizer.decode(answer, skip_special_tokens=True)))
-    return quantized, probes
+    return {"quantized": quantized, "dense": dense}, probes
 
 
 @asynccontextmanager
-async def running_server(model: Path, log: Path) -> Any:
-    """The process of `vllm serve` and its port, once it is ready."""
+async def running_server(model: Path, drain: int) -> Any:
+    """The process of `vllm serve` and its port, once it is ready; its log lies next to the model.
+
+    drain: seconds that requests get to end in after SIGTERM.
+    """
+    log = model.with_suffix(".log")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--quantization", "babai"]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--shutdown-timeout", str(drain)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME, "--dtype", "float32"]
     command += ["--max-model-len", str(MAX_LENGTH), "--max-num-seqs", "16", "--gpu-memory-utilization", "0.2"]
     with log.open("w") as output:
@@ -236,10 +248,10 @@ async def watch(pid: int, served: Served, stop: asyncio.Event) -> None:
             await asyncio.wait_for(stop.wait(), SAMPLE_SECONDS)
 
 
-async def soak(model: Path, probes: list[Probe], clients: int, seconds: float, log: Path) -> Served:
+async def soak(model: Path, probes: list[Probe], clients: int, seconds: float, drain: int) -> Served:
     """Serve the model to so many clients for so long, then end it while they still ask."""
     served = Served()
-    async with running_server(model, log) as (process, port):
+    async with running_server(model, drain) as (process, port):
         stop_watch, stop_clients = asyncio.Event(), asyncio.Event()
         asking = Clients(port, probes, served)
         tasks = [asyncio.create_task(asking.loop(seed, stop_clients)) for seed in range(clients)]
@@ -250,18 +262,37 @@ async def soak(model: Path, probes: list[Probe], clients: int, seconds: float, l
         stop_watch.set()
         await watching
         stop_clients.set()  # what fails from here on fails because the server is told to end
-        process.send_signal(signal.SIGTERM)
-        try:
-            status = await asyncio.to_thread(process.wait, STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            served.faults.append(f"the server still ran {STOP_SECONDS} seconds after SIGTERM")
-        else:
-            if status not in (0, -signal.SIGTERM):
-                served.faults.append(f"the server ended with status {status} after SIGTERM")
+        await end(process, served)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return served
+
+
+async def end(process: subprocess.Popen, served: Served) -> None:
+    """Send SIGTERM, and note how long the server takes to end, and whether it does."""
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    try:
+        status = await asyncio.to_thread(process.wait, STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        served.faults.append(f"the server still ran {STOP_SECONDS} seconds after SIGTERM")
+        return
+    served.ending = time.monotonic() - started
+    if status not in (0, -signal.SIGTERM):
+        served.faults.append(f"the server ended with status {status} after SIGTERM")
+
+
+def compare_endings(models: dict[str, Path], probes: list[Probe], clients: int, json_file: Path | None) -> None:
+    """Report how long each model's server takes to end under load, with and without time for its requests."""
+    found = []
+    shown = table(f"SIGTERM under {clients} clients", ("model", "--shutdown-timeout", "seconds to the end"))
+    for drain in (0, DRAIN_SECONDS):
+        for name, model in models.items():
+            ending = asyncio.run(soak(model, probes, clients, BUSY_SECONDS, drain)).ending
+            found.append({"model": name, "shutdown_timeout": drain, "seconds": ending})
+            shown.add_row(name, str(drain), f"not within {STOP_SECONDS}" if ending is None else f"{ending:.1f}")
+    report(found, [shown], json_file)
 
 
 def draw(served: Served, path: Path) -> None:
@@ -281,10 +312,14 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--plot", type=Path, help="PNG of memory and file handles over time")
     parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--endings", action="store_true", help="only compare how long servers take to end")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model, probes = prepare(Path(folder))
-        served = asyncio.run(soak(model, probes, options.clients, 60 * options.minutes, Path(folder) / "server.log"))
+        models, probes = prepare(Path(folder))
+        if options.endings:
+            return compare_endings(models, probes, options.clients, options.json)
+        model = models["quantized"]
+        served = asyncio.run(soak(model, probes, options.clients, 60 * options.minutes, DRAIN_SECONDS))
     drawn = table(f"{options.clients} clients, {options.minutes:g} minutes", ("request", "sent", "median s", "99% s"))
     for kind, seconds in sorted(served.answers.items()):
         ordered = sorted(seconds)
