@@ -1,4 +1,5 @@
-# `make demo`: a Babai-quantized model answers over the OpenAI API.   `make test`: the checks, no GPU or network needed.
+# `make demo`: a Babai-quantized model answers over the OpenAI API; `MODEL=…` takes another than the bundled one.
+# `make test`: the checks, no GPU or network needed.
 # `make test-all`: those marked `long`, too. All set up .venv themselves, once. tests/README.md tells what is where.
 
 VENV := .venv/bin
@@ -11,7 +12,7 @@ test test-all: export OMP_NUM_THREADS := 1
 .PHONY: demo test test-all faults lint format setup clean
 
 demo: setup
-	@$(VENV)/python deploy/demo/demo.py
+	@$(VENV)/python deploy/demo/demo.py $(MODEL)
 
 test: lint
 	$(VENV)/python -m pytest $(WORKERS) -m "not long"

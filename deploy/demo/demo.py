@@ -1,6 +1,7 @@
 """`make demo`: quantize the bundled model, serve it with vLLM, talk to it over the OpenAI API, and show what it cost.
 
 Runs in the root of the repository. Everything it makes stays in build/demo: the model can be served again from there.
+`make demo MODEL=…` does the same with a folder, or a name on the hub.
 """
 
 import json
@@ -11,15 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from rich.console import Console
 from rich.table import Table
 from server import ServerError, serving
 from text import CALIBRATION_MODULES, EVALUATION_MODULES, write_jsonl
 
-MODEL = Path("deploy/demo/stdlib-6m")
+BUNDLED = "deploy/demo/stdlib-6m"
 WORK = Path("build/demo")
-QUANTIZED = WORK / "stdlib-6m-babai-4bit"
 BABAI = Path(sys.executable).with_name("babai")
 
 COMPLETION_PROMPT = "import os\nimport sys\n\ndef walk(path):\n    for name in"
@@ -43,49 +43,52 @@ def babai_json(*arguments: str) -> dict:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def quantize(calibration: Path) -> None:
-    """Quantize the bundled model to 4 bits."""
+def quantize(model: str, quantized: Path, calibration: Path) -> None:
+    """Quantize a model to 4 bits."""
     babai(
-        *("quantize", str(MODEL), str(QUANTIZED), "--format", "ssqr", "--bits", "4", "--overwrite"),
+        *("quantize", model, str(quantized), "--format", "ssqr", "--bits", "4", "--overwrite"),
         *("--calibration", str(calibration), "--samples", "64", "--sequence-length", "512"),
     )
 
 
-def talk(base_url: str) -> None:
-    """Send one completion and one streaming chat request, and print the answers as they come."""
+def talk(base_url: str, name: str) -> None:
+    """Send one completion and one streaming chat request, and print the answers as they come. name: of the model."""
     client = OpenAI(base_url=base_url, api_key="none", max_retries=0)
 
     console.rule("completion")
-    answer = client.completions.create(model=MODEL.name, prompt=COMPLETION_PROMPT, **SAMPLING)
+    answer = client.completions.create(model=name, prompt=COMPLETION_PROMPT, **SAMPLING)
     console.print(COMPLETION_PROMPT, style="dim", end="", markup=False)
     console.print(answer.choices[0].text, markup=False)
 
     console.rule("chat, streamed")
     console.print(CHAT_MESSAGE, style="dim", end="", markup=False)
     messages = [{"role": "user", "content": CHAT_MESSAGE}]
-    for chunk in client.chat.completions.create(model=MODEL.name, messages=messages, stream=True, **SAMPLING):
-        console.print(chunk.choices[0].delta.content or "", end="", markup=False)
+    try:
+        for chunk in client.chat.completions.create(model=name, messages=messages, stream=True, **SAMPLING):
+            console.print(chunk.choices[0].delta.content or "", end="", markup=False)
+    except BadRequestError as error:  # a model without a chat template
+        console.print(f"no chat with this model: {error}", markup=False)
     console.print()
     console.rule()
 
 
-def print_table(evaluation: Path) -> None:
+def print_table(model: str, quantized: Path, evaluation: Path) -> None:
     """Measure both models and print how they compare."""
     measured = babai_json(
-        *("eval", str(QUANTIZED), "--against", str(MODEL)),
+        *("eval", str(quantized), "--against", model),
         *("--data", str(evaluation), "--window", "512", "--samples", "160"),
     )
-    stored = babai_json("inspect", str(QUANTIZED))
+    stored = babai_json("inspect", str(quantized))
 
     table = Table("model", "format", "bits per weight", "checkpoint", "perplexity")
-    original_bytes = sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
+    original_bytes = json.loads((quantized / "babai_report.json").read_text())["base"]["bytes"]
     original_perplexity = measured["comparison"]["original_perplexity"]
     table.add_row("original", "bf16", "16", megabytes(original_bytes), f"{original_perplexity:.3f}")
     bits, size = f"{stored['bits_per_weight']:.3f}", megabytes(stored["checkpoint_bytes"])
     table.add_row("quantized", "babai SSQR, 4 bits", bits, size, f"{measured['perplexity']:.3f}")
     console.print(table)
     console.print("Bits per weight: all that the quantized layers take on disk. Embeddings and norms stay in bf16.")
-    console.print(f"To serve it yourself: .venv/bin/vllm serve {QUANTIZED} --quantization babai")
+    console.print(f"To serve it yourself: .venv/bin/vllm serve {quantized} --quantization babai")
 
 
 def megabytes(size: int) -> str:
@@ -93,22 +96,24 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
-def demonstrate() -> None:
+def demonstrate(model: str) -> None:
     """All steps, one after the other; when serving fails, show the end of the server's log."""
     WORK.mkdir(parents=True, exist_ok=True)
+    name = Path(model).name
+    quantized = WORK / f"{name}-babai-4bit"
     calibration, evaluation, log = WORK / "calibration.jsonl", WORK / "evaluation.jsonl", WORK / "server.log"
     write_jsonl(calibration, CALIBRATION_MODULES)
     write_jsonl(evaluation, EVALUATION_MODULES)
 
-    quantize(calibration)
-    console.print(f"[bold]$ vllm serve {QUANTIZED} --quantization babai[/bold]    (its log: {log})")
+    quantize(model, quantized, calibration)
+    console.print(f"[bold]$ vllm serve {quantized} --quantization babai[/bold]    (its log: {log})")
     try:
-        with serving(QUANTIZED, MODEL.name, log) as base_url:
-            talk(base_url)
+        with serving(quantized, name, log) as base_url:
+            talk(base_url, name)
     except Exception:
         console.print(f"The end of {log}:", *log.read_text(errors="replace").splitlines()[-40:], sep="\n", markup=False)
         raise
-    print_table(evaluation)
+    print_table(model, quantized, evaluation)
 
 
 def main() -> None:
@@ -117,7 +122,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends like Ctrl-C: through every `finally`
     try:
-        demonstrate()
+        demonstrate(sys.argv[1] if len(sys.argv) > 1 else BUNDLED)
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing is left running")
     except (ServerError, subprocess.CalledProcessError) as error:

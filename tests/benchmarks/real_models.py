@@ -44,8 +44,8 @@ PEER = "peer.json"  # what a script of peers/ writes beside the model
 @dataclass(frozen=True)
 class Row:
     """One model. bits: per quantized weight, everything counted. bytes: of its weight files, embedding and all.
-    predicted: loss in nats per token, by the reports of the linears. cpu_seconds: of quantizing, without the pass for
-    the sensitivity, which all of ours share. texts: name → fields of a `Comparison`.
+    predicted: loss in nats per token, by the reports of the linears. cpu_seconds: of quantizing; our first run's has
+    the pass for the sensitivity, which all of ours share. texts: name → fields of a `Comparison`.
     """
 
     method: str
