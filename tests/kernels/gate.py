@@ -260,7 +260,7 @@ def trellis_gate(architecture: str, target: Target) -> dict[str, dict[str, float
     """
     chosen = [(4, 1), (6, 1)]
     if architecture == "sm_90":
-        chosen += [(5, 1), (8, 1), (10, 1), (4, 16), (6, 16), (4, 64)]
+        chosen += [(5, 1), (8, 1), (10, 1), (4, 16), (6, 16), (4, 64), (6, 64)]
     turn = trellis_arguments.STEP * trellis_arguments.TILE_ROWS * trellis_arguments.TILE_COLUMNS
     results = {}
     for bits, tokens in chosen:
