@@ -31,7 +31,7 @@ def _check_sizes(layout: DeviceLayout, geometry: Geometry) -> None:
     if (layout.dense.shape, layout.scales.shape[1:], layout.offsets.shape) == (dense, scales, offsets):
         return
     check_shapes(
-        layout,
+        layout._asdict(),
         f"{geometry.out_features} × {geometry.in_features} with {geometry.bits} bits",
         dense=dense,
         scales=(layout.scales.shape[0], *scales),

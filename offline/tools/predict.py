@@ -20,8 +20,10 @@ from vllm_babai.offline.plan.sensitivity import measured_in_passing, sensitivity
 from vllm_babai.offline.prepare import prepare
 from vllm_babai.progress import counting_progress
 
-# Measured loss over the sum of the linears' second-order losses: below 1 where errors of different linears cancel,
-# above where they add. A choice, wide on purpose; `babai predict` and `babai eval --against` tell it of a model.
+# Measured loss over the sum of the linears' second-order losses. That estimates the KL divergence, as sensitivity is
+# of labels that the model draws; on real text the loss grew by 0.6 to 0.85 of it (`tests/benchmarks/forms.py` on the
+# reference model, 1.75 to 3.125 bits). A choice, wide on purpose; `babai predict` and `babai eval --against` tell it of
+# a model.
 SPREAD = (0.5, 1.5)
 CURVES = {
     "HPTQ": (plan_rates, [1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0]),

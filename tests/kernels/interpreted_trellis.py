@@ -99,8 +99,10 @@ def test_warm_up_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     layout = layout_of(random_trellis(32, 128))
-    with pytest.raises(ValueError, match="places of a trellis is"):
+    with pytest.raises(ValueError, match="it has places"):
         multiply_trellis(torch.zeros(1, 128), layout._replace(places=layout.places[:1]))
+    with pytest.raises(ValueError, match="its tiles have 128 columns"):
+        multiply_trellis(torch.zeros(1, 130), layout)
     no_rows = np.zeros((1, 16))
     with pytest.raises(ValueError, match="8192 tiles in a row"):
         trellis_layout(TrellisWindow(1, np.full((1, 8192), 2), no_rows, no_rows, no_rows, no_rows), torch.device("cpu"))

@@ -264,6 +264,13 @@ def test_trellis_multiplies_any_number_of_tokens(dtype: torch.dtype, tokens: int
     assert torch.allclose(y.double(), expected, atol=tolerance * float(expected.abs().max()))
 
 
+def test_activations_of_another_layer_are_refused() -> None:
+    layer = make_layer("replicated", checkpoint=TILED)
+    load(layer, [(None, Trellis.encode(random_trellis(192)))])
+    with pytest.raises(ValueError, match=f"its tiles have {HIDDEN} columns"):
+        layer.quant_method.apply(layer, torch.randn(1, HIDDEN + 2))
+
+
 def test_dummy_trellis() -> None:
     held = make_layer("column", checkpoint=TILED).quant_method.reader.dummy(192, HIDDEN).window
     assert held.rates.shape == (12, 2)

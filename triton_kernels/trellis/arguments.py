@@ -65,5 +65,5 @@ class Sizes(NamedTuple):
 
 def arguments(trellis: TrellisTensors, in_features: int) -> tuple[Layer, Sizes]:
     """The groups that kernels take for a layer."""
-    columns = (-(-in_features // TILE_COLUMNS) + 1) * TILE_COLUMNS  # the last tile is the one of zeros
+    columns = trellis.columns + TILE_COLUMNS  # the last tile is the one of zeros
     return Layer(*trellis.tensors), Sizes(trellis.out_features, in_features, len(trellis.starts), columns)

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from vllm_babai.format.trellis.code import TILE_ROWS
-from vllm_babai.ops.trellis import TrellisTensors
+from vllm_babai.ops.trellis import TrellisTensors, check_sizes
 from vllm_babai.triton_kernels.configs import Target, bucket
 from vllm_babai.triton_kernels.tokens import aligned, goes_dequantized, warm_up_sizes
 from vllm_babai.triton_kernels.trellis.arguments import STARTS
@@ -15,13 +14,9 @@ from vllm_babai.triton_kernels.trellis.fused import multiply_fused
 def multiply_trellis(x: Tensor, trellis: TrellisTensors) -> Tensor:
     """x [..., in_features] bf16, fp16 or fp32 → x Wᵀ [..., out_features] in x's dtype.
 
-    Accumulates in fp32; deterministic. Raises ValueError when the tensors are of other sizes than each other.
+    Accumulates in fp32; deterministic. Raises ValueError when the tensors do not fit each other, or x.
     """
-    blocks = len(trellis.starts)
-    shapes = {"starts": (blocks, STARTS), "places": (blocks, TILE_ROWS), "scales": (blocks, TILE_ROWS)}
-    for name, shape in shapes.items():
-        if getattr(trellis, name).shape != shape:
-            raise ValueError(f"{name} of a trellis is {list(getattr(trellis, name).shape)}, not {list(shape)}")
+    check_sizes(x, trellis, starts=(len(trellis.starts), STARTS))
     return _multiply(aligned(x), trellis).view(*x.shape[:-1], trellis.out_features)
 
 

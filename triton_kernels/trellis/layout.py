@@ -18,7 +18,7 @@ columns with a switch in the loop took 3.4 instructions a weight at 2 bits inste
 import numpy as np
 import torch
 
-from vllm_babai.format.trellis.code import FEWEST_BITS, MOST_BITS
+from vllm_babai.format.trellis.code import FEWEST_BITS, MOST_BITS, TILE_COLUMNS
 from vllm_babai.format.trellis.window import TrellisWindow
 from vllm_babai.ops.trellis import TrellisTensors, words_in_lines
 from vllm_babai.triton_kernels.trellis.arguments import LINE_BITS, STEP
@@ -41,6 +41,7 @@ def trellis_layout(window: TrellisWindow, device: torch.device) -> TrellisTensor
         torch.from_numpy(window.places).to(device),
         torch.from_numpy(window.scales).to(device),
         window.rows,
+        tiles * TILE_COLUMNS,
     )
 
 

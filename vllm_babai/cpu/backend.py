@@ -101,7 +101,7 @@ def warm_up(layout: DeviceLayout, bits: int, in_features: int, out_features: int
 def _check_sizes(layout: DeviceLayout, bits: int, in_features: int, out_features: int) -> None:
     tiles, words = -(-out_features // TILE_ROWS), -(-in_features // weights_per_word(FIELD_WIDTH[bits]))
     check_shapes(
-        layout,
+        layout._asdict(),
         f"{out_features} × {in_features} with {bits} bits",
         dense=(tiles, words, TILE_ROWS),
         scales=(len(layout.scales), tiles * TILE_ROWS),

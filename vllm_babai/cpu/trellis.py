@@ -24,7 +24,7 @@ from vllm_babai.cpu.loops import _call
 from vllm_babai.format.trellis.code import MASK, MOST_BITS, MULTIPLIERS, TILE_COLUMNS, TILE_ROWS
 from vllm_babai.format.trellis.window import TrellisWindow
 from vllm_babai.llvm import I16, I64, constant, load, splat, store
-from vllm_babai.ops.trellis import TrellisTensors, words_in_lines
+from vllm_babai.ops.trellis import TrellisTensors, check_sizes, words_in_lines
 
 MOST_TOKENS = 4  # in one pass of a tile's kernel: their 8 sums, and what decodes, fit in AVX-512's vector registers
 DECODE_TOKENS = 16  # from here on, a dense matrix is decoded and multiplied
@@ -146,11 +146,16 @@ def trellis_layout(window: TrellisWindow, device: torch.device) -> TrellisTensor
         torch.from_numpy(window.places).to(device),
         torch.from_numpy(window.scales).to(device),
         window.rows,
+        window.rates.shape[1] * TILE_COLUMNS,
     )
 
 
 def multiply_trellis(x: Tensor, trellis: TrellisTensors) -> Tensor:
-    """x [..., in] in bfloat16, float16 or float32 → x Wᵀ [..., out] in the same; see `ops.backends.Backend`."""
+    """x [..., in] in bfloat16, float16 or float32 → x Wᵀ [..., out] in the same; see `ops.backends.Backend`.
+
+    Raises ValueError when the tensors do not fit each other, or x.
+    """
+    check_sizes(x, trellis, tiles=(len(trellis.starts), trellis.columns // TILE_COLUMNS))
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     tokens = x.reshape(-1, x.shape[-1])
     multiply = _multiply_decoded if len(tokens) >= DECODE_TOKENS else _multiply_tiles

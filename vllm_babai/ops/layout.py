@@ -1,5 +1,6 @@
 """The device layout of a dense + sparse weight: the tensors that the custom op `babai::matmul` takes for one linear."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,13 +18,12 @@ class DeviceLayout(NamedTuple):
     offsets: Tensor
 
 
-def check_shapes(layout: DeviceLayout, layer: str, **shapes: tuple[int, ...]) -> None:
-    """Compare tensors of a layout with the shapes that the op's other arguments demand, before a kernel reads them.
+def check_shapes(tensors: Mapping[str, Any], layer: str, **shapes: tuple[int, ...]) -> None:
+    """Compare a layout's tensors, by name, with the shapes that the op's other arguments demand, before a kernel reads.
 
     layer: those arguments in words. Raises ValueError for tensors of another layer, as a graph passes them that was
     compiled before the checkpoint was quantized again in the same folder.
     """
-    tensors: dict[str, Any] = layout._asdict()
     wrong = [name for name, shape in shapes.items() if tensors[name].shape != shape]
     if wrong:
         found = ", ".join(f"{name} {list(tensors[name].shape)}, not {list(shapes[name])}" for name in wrong)

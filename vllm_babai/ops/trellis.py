@@ -6,9 +6,10 @@ import numpy as np
 from torch import Tensor
 
 from vllm_babai.format.trellis.blob import block_starts
-from vllm_babai.format.trellis.code import TILE_ROWS
+from vllm_babai.format.trellis.code import TILE_COLUMNS, TILE_ROWS
 from vllm_babai.format.trellis.window import TrellisWindow
 from vllm_babai.ops.backends import backend
+from vllm_babai.ops.layout import check_shapes
 from vllm_babai.ops.register import register
 
 
@@ -17,7 +18,8 @@ class TrellisTensors(NamedTuple):
 
     words: int32, see `words_in_lines`. starts: int32 [blocks, …], where the words of each block begin, at least. tiles:
     the bits of a pair in every tile, one block after the other. places: int32 [blocks, 16], the row that stands there,
-    or NO_ROW. scales: fp32 [blocks, 16]. out_features: rows of the layer.
+    or NO_ROW. scales: fp32 [blocks, 16]. out_features: rows of the layer. columns: of its tiles, in_features and up
+    to 63 more.
     """
 
     words: Tensor
@@ -26,11 +28,23 @@ class TrellisTensors(NamedTuple):
     places: Tensor
     scales: Tensor
     out_features: int
+    columns: int
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, in order."""
-        return self[:-1]
+        return self[:5]
+
+
+def check_sizes(x: Tensor, trellis: TrellisTensors, **shapes: tuple[int, ...]) -> None:
+    """Compare a trellis with the activations it is to multiply, x [..., in_features], and with the shapes that its
+    backend demands besides; see `check_shapes`.
+    """
+    layer = f"{trellis.out_features} × {x.shape[-1]} in the trellis form"
+    if -(-x.shape[-1] // TILE_COLUMNS) * TILE_COLUMNS != trellis.columns:
+        raise ValueError(f"the weight does not belong to a linear of {layer}: its tiles have {trellis.columns} columns")
+    rows = (len(trellis.starts), TILE_ROWS)
+    check_shapes(trellis._asdict(), layer, places=rows, scales=rows, **shapes)
 
 
 def words_in_lines(window: TrellisWindow) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +73,7 @@ def _trellis_matmul_fake(x: Tensor, *fields: Any) -> Tensor:
 
 library = register(
     "trellis_matmul(Tensor x, Tensor words, Tensor starts, Tensor tiles, Tensor places, Tensor scales,"
-    " int out_features) -> Tensor",
+    " int out_features, int columns) -> Tensor",
     _trellis_matmul,
     _trellis_matmul_fake,
 )

@@ -152,7 +152,7 @@ class Coded:
 class Tiled:
     """Tiles of a trellis as the checkpoint stores them, decoded and multiplied by `babai::trellis_matmul`.
 
-    constants: out_features.
+    constants: out_features, columns of the tiles.
     """
 
     activity: ClassVar[str] = "Placing"
@@ -162,7 +162,7 @@ class Tiled:
     def place(self, weight: TiledWeight, in_features: int, device: torch.device) -> Placed:
         """See `Residency`."""
         trellis = backend(device.type).trellis_layout(weight.window, device)
-        return Placed(dict(zip(self.names, trellis.tensors, strict=True)), (trellis.out_features,))
+        return Placed(dict(zip(self.names, trellis.tensors, strict=True)), (trellis.out_features, trellis.columns))
 
     def multiply(self, x: Tensor, tensors: list[Tensor], constants: tuple[int, ...]) -> Tensor:
         """See `Residency`."""
