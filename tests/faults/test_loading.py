@@ -88,7 +88,7 @@ def attack(folder: Path, ranks: int, baseline: list[dict[str, bytes]]) -> tuple[
             held = parameters(folder, rank, ranks)
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
-            named = any(part in message for part in ("model.", "layers.", "lm_head", str(folder)))
+            named = any(part in message for part in ("model.", "layers.", "embed_tokens.", "lm_head", str(folder)))
             return ("refused by name" if named else "refused without a name"), message
         verdicts.append("harmless" if held == baseline[rank] else "silent")
     return max(verdicts), f"{verdicts} of {ranks} ranks"
