@@ -72,24 +72,26 @@ def interrupted_at(step: int) -> Iterator[list[int]]:
 def test_ctrl_c_at_any_step(
     every: int, source: Path, text: Path, tmp_path: Path, babai: Any, figures: Any, whole: Any
 ) -> None:
-    wanted, step, status = whole(babai), 1, 130
+    wanted = whole(babai)
     arguments = ("--calibration", text, *OPTIONS)
-    while status == 130:
+    for step in range(1, FINISHED, every):
         out = tmp_path / str(step) / "out"
         out.parent.mkdir()
-        with interrupted_at(step):
+        with interrupted_at(step) as changes:
             found = babai("quantize", source, out, *arguments)
-        status = found.status
         assert found.traceback is None, found
-        if status == 130:
+        # Python drops what a signal raises within a destructor: such a run goes on to its end.
+        assert found.status in (0, 130), found
+        if found.status == 130:
             assert "goes on where it stopped with --resume" in found.error
             assert babai("quantize", source, out, *arguments, "--resume").status == 0, f"step {step}"
             figures["SIGINT", "harmless"] += 1
         assert contents(out) == wanted, f"step {step}"
         assert [path.name for path in out.parent.iterdir()] == ["out"], f"step {step}"
         shutil.rmtree(out.parent)
-        step += every
-    assert status == 0 and step > 20
+        if changes[0] < step:
+            break
+    assert found.status == 0 and step > 20
 
 
 @pytest.mark.long

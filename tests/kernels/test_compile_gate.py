@@ -1,9 +1,9 @@
 """What the compilers make of the kernels for every GPU, against limits of the chips and the table `gate.json`.
 
 Each architecture is compiled by `gate.py` in a process of its own, without a GPU and without the interpreter, by the
-Tritons that vLLM installs on a GPU (3.7.1 with vLLM 0.32, 3.8 with vLLM 0.33) and the one that is installed: all
-architectures by the first, sm_90 by the second, the rest of it among the long tests. After a change that is meant to
-change the code: `python tests/kernels/gate.py --update`, with each version.
+Tritons that vLLM installs on a GPU (3.7.1 with vLLM 0.32, 3.8 with vLLM 0.33) and the one that is installed: one
+architecture of each kind by the first, sm_90 by the second, the rest of it among the long tests. After a change that
+is meant to change the code: `python tests/kernels/gate.py --update`, with each version.
 """
 
 import json
@@ -35,7 +35,8 @@ INSTRUCTIONS_PER_WEIGHT = {
 }
 TENSOR_MEMORY = 512  # columns; more compiles to a trap
 
-ALWAYS = [(FIRST, architecture) for architecture in SHARED_MEMORY]
+# sm_86 and sm_89 have the instructions of sm_80 and the shared memory of sm_120.
+ALWAYS = [(FIRST, architecture) for architecture in ("sm_80", "sm_90", "sm_100", "sm_120")]
 ALWAYS += [(version, "sm_90") for version in PINNED if version != FIRST]
 SELDOM = [
     (version, architecture)

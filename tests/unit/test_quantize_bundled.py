@@ -11,7 +11,10 @@ from vllm_babai.offline import QuantizeOptions, quantize
 TOLERANCES = {1: (0.02, 0.003), 16: (0.04, 0.01)}  # of each error and of their mean; what paths gain is estimated
 
 
-@pytest.fixture(scope="module", params=[(3, 1), (4, 16)], ids=["3-bits-1-path", "4-bits-16-paths"])
+ONE_PATH, SIXTEEN_PATHS = pytest.param((3, 1), marks=pytest.mark.long), (4, 16)
+
+
+@pytest.fixture(scope="module", params=[ONE_PATH, SIXTEEN_PATHS], ids=["3-bits-1-path", "4-bits-16-paths"])
 def out(
     request: pytest.FixtureRequest,
     bundled_model: Path,

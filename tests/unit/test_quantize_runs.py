@@ -233,6 +233,7 @@ def test_a_quantized_model_is_refused(source: Path, options: QuantizeOptions, tm
         quantize(out, tmp_path / "again", options)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_number_of_blocks() -> None:
     def measure(blocks: int) -> dict[str, int]:
         sizes = ["--hidden", "384", "--blocks", str(blocks), "--samples", "4", "--sequence-length", "64"]
