@@ -31,7 +31,7 @@ DENSE = {
 
 # Linears that tell which experts a token goes to, or how much a shared expert counts: a few rows each, on which all
 # else depends.
-ROUTERS = (".gate", ".gate.wg", ".router", ".shared_expert_gate")
+ROUTERS = (".gate", ".gate.wg", ".router", ".router.proj", ".shared_expert_gate")
 
 
 def fused_with(linear: str) -> tuple[str, ...]:

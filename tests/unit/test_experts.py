@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import HEADS, LATENT, LINEAR_ATTENTION, TEXT
+from architectures import HEADS
+from mixtures import ALL, LOCAL, MORE, SOME, config_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,56 +23,7 @@ from vllm_babai.offline.solver.shrink import shrunk
 from vllm_babai.offline.tools.convert import convert
 from vllm_babai.offline.tools.inspect import inspect
 
-LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
-MANY = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-SHARED = MANY | {"shared_expert_intermediate_size": 48}
-GROUPED = {
-    "first_k_dense_replace": 1,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "moe_intermediate_size": 32,
-    "n_shared_experts": 1,
-}
-SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
-SOME: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("MixtralConfig", TEXT | LOCAL),
-    "deepseek-v3": ("DeepseekV3Config", LATENT | GROUPED | {"q_lora_rank": 32}),
-    "gpt-oss": ("GptOssConfig", HEADS | LOCAL | SLIDING),
-}
-MORE: dict[str, tuple[str, dict[str, Any]]] = {
-    "deepseek-v2": ("DeepseekV2Config", LATENT | GROUPED | {"q_lora_rank": None, "topk_method": "greedy"}),
-    "gemma4": (
-        "Gemma4TextConfig",
-        HEADS
-        | SLIDING
-        | {
-            "enable_moe_block": True,
-            "num_experts": 4,
-            "top_k_experts": 2,
-            "moe_intermediate_size": 32,
-            "global_head_dim": 16,
-            "hidden_size_per_layer_input": 0,
-        },
-    ),
-    "glm4": ("Glm4MoeConfig", HEADS | GROUPED),
-    "lfm2": ("Lfm2MoeConfig", HEADS | MANY | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
-    "minimax-m2": ("MiniMaxM2Config", HEADS | LOCAL),
-    "olmoe": ("OlmoeConfig", TEXT | {"num_experts": 8, "num_experts_per_tok": 2}),
-    "phi-moe": ("PhimoeConfig", TEXT | LOCAL),
-    "qwen2-moe": ("Qwen2MoeConfig", TEXT | SHARED),
-    "qwen3-moe": ("Qwen3MoeConfig", HEADS | MANY),
-    "qwen3-next": ("Qwen3NextConfig", LINEAR_ATTENTION | SHARED),
-    "qwen3.5-moe": ("Qwen3_5MoeTextConfig", LINEAR_ATTENTION | SHARED),
-}
-ALL = SOME | MORE
 FAMILIES = [*SOME, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)]
-
-
-def config_of(family: str) -> transformers.PreTrainedConfig:
-    kind, fields = ALL[family]
-    return getattr(transformers, kind)(**fields)
 
 
 def options(text: Path, **changed: Any) -> QuantizeOptions:

@@ -23,6 +23,7 @@ EXPERTS, HIDDEN, INNER, TOP, TOKENS = 4, 64, 96, 2, 11
 NAMES = {"w1": "model.layers.3.mlp.experts.#.gate_proj", "w3": "model.layers.3.mlp.experts.#.up_proj"} | {
     "w2": "model.layers.3.mlp.experts.#.down_proj"
 }
+ONE_RANK = {"has_bias": False, "tp_rank": 0, "tp_size": 1, "swiglu_limit": None}  # what the method asks of vLLM
 Weights = dict[tuple[int, str], LatticeWeight]
 
 
@@ -64,20 +65,23 @@ def loaded(
     *,
     rank: int = 0,
     ranks: int = 1,
-    leave_out: tuple[int, str] | None = None,
+    change: Callable[[int, str, Tensor], list[Tensor]] = lambda expert, shard, tensor: [tensor],
 ) -> BabaiExpertsMethod:
-    """The method after loading, as rank `rank` of `ranks` that divide each expert."""
+    """The method after loading, as rank `rank` of `ranks` that divide each expert.
+
+    change: what the checkpoint has of an expert's tensor in its place.
+    """
     readers = {stem: READERS[form, "packed"](LayerScheme(4 if form == "ssqr" else None)) for stem in ("w13", "w2")}
-    moe: Any = SimpleNamespace(has_bias=False, tp_rank=rank, tp_size=ranks)
+    moe: Any = SimpleNamespace(**ONE_RANK | {"tp_rank": rank, "tp_size": ranks})
     method = BabaiExpertsMethod(moe, "experts", NAMES, readers, LoadProgress(), KeptTensors(None))
     with set_current_vllm_config(VllmConfig()):
-        method.create_weights(layer, len(layer.local), HIDDEN, INNER // ranks, torch.float32)
+        method.create_weights(layer, len(layer.local), HIDDEN, INNER // ranks, torch.float32, EXPERTS)
     for (expert, shard), weight in weights.items():
         name = NAMES[shard].replace("#", str(expert))
         stored = SSQR.encode(weight, 4, name) if form == "ssqr" else HPTQ.encode(weight, linear=name)
         stem = "w2" if shard == "w2" else "w13"
-        for key, tensor in stored.tensors().items():
-            if (expert, shard) != leave_out:
+        for key, original in stored.tensors().items():
+            for tensor in change(expert, shard, original):
                 loader = getattr(layer, f"{stem}_{key}").weight_loader
                 arguments = {"weight_name": key, "shard_id": shard, "expert_id": expert, "return_success": True}
                 here = loader(getattr(layer, f"{stem}_{key}"), tensor, **arguments)
@@ -146,28 +150,57 @@ def test_the_op_is_traceable(weights: Weights) -> None:
     torch.testing.assert_close(compiled(x, router, ids), run(method, layer, x, router, ids))
 
 
-def test_a_missing_or_doubled_tensor_is_named(weights: Weights) -> None:
-    with pytest.raises(FormatError, match=r"experts\.2\.up_proj: the checkpoint lacks qweight"):
-        loaded("ssqr", weights, Layer(range(EXPERTS)), leave_out=(2, "w3"))
-    swapped = weights | {(1, "w2"): LatticeWeight(weights[1, "w1"].integers, weights[1, "w1"].scales)}
-    with pytest.raises(FormatError, match=r"experts\.1\.down_proj"):
-        loaded("ssqr", swapped, Layer(range(EXPERTS)))
+def changed(expert: int, shard: str, change: Callable[[Tensor], list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """Apply `change` to the tensors of one linear of one expert."""
+    return lambda e, s, tensor: change(tensor) if (e, s) == (expert, shard) else [tensor]
+
+
+def damaged(tensor: Tensor) -> list[Tensor]:
+    """One bit in the middle is another."""
+    if tensor.dtype != torch.uint8:
+        return [tensor]
+    tensor = tensor.clone()
+    tensor.view(-1)[tensor.numel() // 2] ^= 1
+    return [tensor]
+
+
+@pytest.mark.parametrize("form", ["ssqr", "hptq"])
+@pytest.mark.parametrize("local", [range(EXPERTS), range(2, EXPERTS)])
+def test_what_is_wrong_with_an_expert_is_named(form: str, local: range, weights: Weights) -> None:
+    for change, message in (
+        (lambda tensor: [], r"experts\.2\.up_proj: the checkpoint lacks"),
+        (lambda tensor: [tensor, tensor], r"experts\.2\.up_proj: the checkpoint has .* twice"),
+        (damaged, r"experts\.2\.up_proj: .*(checksum|CRC|damaged)"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            loaded(form, weights, Layer(local), change=changed(2, "w3", change))
+    swapped = weights | {(3, "w2"): LatticeWeight(weights[3, "w1"].integers, weights[3, "w1"].scales)}
+    with pytest.raises(FormatError, match=r"experts\.3\.down_proj"):
+        loaded(form, swapped, Layer(local))
+
+
+def test_an_expert_that_is_not_there_at_all_is_named(weights: Weights) -> None:
+    rest = {key: weight for key, weight in weights.items() if key[0] != 3}
+    with pytest.raises(FormatError, match=r"experts\.3\.gate_proj: the checkpoint lacks qweight"):
+        loaded("ssqr", rest, Layer(range(2, EXPERTS)))
 
 
 @pytest.mark.parametrize(
-    ("device", "has_bias", "ranks", "message"),
+    ("device", "changes", "message"),
     [
-        ("meta", False, 1, "not for meta"),
-        ("cpu", True, 1, "biases"),
-        ("cpu", False, 32, "do not divide among ranks"),
+        ("meta", {}, "not for meta"),
+        ("cpu", {"has_bias": True}, "experts: .*biases"),
+        ("cpu", {"swiglu_limit": 7.0}, "experts: .*swiglu_limit"),
+        ("cpu", {"tp_size": 32}, "experts: .*do not divide among ranks"),
     ],
 )
-def test_what_cannot_be_served_is_refused(device: str, has_bias: bool, ranks: int, message: str) -> None:
+def test_what_cannot_be_served_is_refused(device: str, changes: dict[str, Any], message: str) -> None:
     readers = {stem: READERS["ssqr", "packed"](LayerScheme(4)) for stem in ("w13", "w2")}
-    moe: Any = SimpleNamespace(has_bias=has_bias, tp_rank=0, tp_size=ranks)
+    moe: Any = SimpleNamespace(**ONE_RANK | changes)
     method = BabaiExpertsMethod(moe, "experts", NAMES, readers, LoadProgress(), KeptTensors(None))
+    layer, inner = Layer(range(EXPERTS)), INNER // moe.tp_size
     with torch.device(device), pytest.raises((NotImplementedError, ValueError), match=message):
-        method.create_weights(Layer(range(EXPERTS)), EXPERTS, HIDDEN, INNER // ranks, torch.float32)
+        method.create_weights(layer, EXPERTS, HIDDEN, inner, torch.float32, EXPERTS)
 
 
 def test_a_wider_dense_part_is_the_same_weight(weights: Weights) -> None:

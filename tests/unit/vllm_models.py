@@ -47,9 +47,13 @@ def config_of(folder: Path) -> VllmConfig:
     ).create_engine_config()
 
 
-def load_as_rank(folder: Path, rank: int = 0, ranks: int = 1) -> torch.nn.Module:
-    """What one of several ranks loads of a checkpoint. The others are not there: nothing is summed over ranks."""
+def load_as_rank(folder: Path, rank: int = 0, ranks: int = 1, *, expert_parallel: bool = False) -> torch.nn.Module:
+    """What one of several ranks loads of a checkpoint. The others are not there: nothing is summed over ranks.
+
+    expert_parallel: a rank takes some experts, not some of each.
+    """
     config = config_of(folder)
+    config.parallel_config.enable_expert_parallel = expert_parallel
     config.parallel_config.tensor_parallel_size = ranks
     group: Any = parallel_state.get_tp_group()
     as_rank = mock.Mock(wraps=group, rank_in_group=rank, world_size=ranks)

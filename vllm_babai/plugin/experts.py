@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_babai.format import Overflow, integer_range, pack, unpack
@@ -27,6 +28,15 @@ from vllm_babai.plugin.residency import PackedWeight
 
 SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}  # stem of the parameters → vLLM's names of an expert's linears in it
 FIELDS = DeviceLayout._fields
+ACTIVATIONS = {  # which need nothing but their input
+    MoEActivation.SILU,
+    MoEActivation.GELU,
+    MoEActivation.GELU_TANH,
+    MoEActivation.SILU_NO_MUL,
+    MoEActivation.GELU_NO_MUL,
+    MoEActivation.GELU_TANH_NO_MUL,
+    MoEActivation.RELU2_NO_MUL,
+}
 
 
 class BabaiExpertsMethod(FusedMoEMethodBase):
@@ -39,6 +49,7 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
     hidden: int  # from create_weights on, like the next
     inner: int  # columns of w2 on this rank
     experts: int  # on this rank
+    numbers: dict[int, int]  # of this rank's experts → in the checkpoint
     bits: dict[str, int]  # from process_weights_after_loading on
 
     def __init__(
@@ -54,7 +65,6 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
         self.prefix, self.names, self.readers = prefix, names, readers
         self.progress, self.kept = progress, kept
         self.parts: dict[tuple[int, str], dict[str, list[Part]]] = {}  # local expert and stem → by tensor
-        self.numbers: dict[int, int] = {}  # local expert → its number in the checkpoint
 
     def get_fused_moe_quant_config(self, layer: Module) -> None:
         """None: vLLM's own kernels have no part in this."""
@@ -66,6 +76,7 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
         hidden_size: int,
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
+        global_num_experts: int,
         **_: Any,
     ) -> None:
         """Register a placeholder per kind of stored tensor, which takes no memory.
@@ -75,6 +86,12 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
         if self.moe.has_bias:
             raise NotImplementedError(
                 f"{self.prefix}: experts with biases (gpt-oss) are not served yet: convert --to dense"
+            )
+        if self.moe.swiglu_limit is not None or layer.activation not in ACTIVATIONS:
+            limit = "" if self.moe.swiglu_limit is None else f" with swiglu_limit {self.moe.swiglu_limit}"
+            raise NotImplementedError(
+                f"{self.prefix}: experts with the activation {layer.activation.value}{limit} are not served yet:"
+                " convert --to dense"
             )
         device = torch.get_default_device()
         if not hasattr(backend(device.type), "multiply_experts"):
@@ -91,6 +108,8 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
             )
         self.experts, self.hidden, self.dtype = num_experts, hidden_size, params_dtype
         self.inner = intermediate_size_per_partition
+        local = layer._map_global_expert_id_to_local_expert_id
+        self.numbers = {local(number): number for number in range(global_num_experts) if local(number) >= 0}
         self.vllm_config = get_current_vllm_config()
         check_offloading(self.vllm_config)
         for stem, reader in self.readers.items():
@@ -182,7 +201,6 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
             first = self.inner * self._shards(stem).index(shard_id)
             part = Part(loaded_weight, Window(own, whole), (all_inner, self.hidden), first)
         self.parts[number, stem][key].append(part)
-        self.numbers[number] = expert_id
         return True if return_success else None
 
     def _weight(self, reader: Reader, number: int, stem: str) -> PackedWeight:
@@ -191,9 +209,7 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
         if self.vllm_config.load_config.load_format == "dummy":
             return reader.dummy(self._rows(stem), columns)
         rows = self._rows(stem) // len(self._shards(stem))
-        stored = {
-            self.names[shard].replace("#", str(self.numbers.get(number, number))): rows for shard in self._shards(stem)
-        }
+        stored = {self.names[shard].replace("#", str(self.numbers[number])): rows for shard in self._shards(stem)}
         weight = assemble(reader, self.parts[number, stem], stored)
         if weight.input_scales is not None:
             raise NotImplementedError(

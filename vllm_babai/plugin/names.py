@@ -55,9 +55,20 @@ class LinearNames:
     def experts(self, prefix: str, last_parts: Iterable[str]) -> list[str]:
         """Stored names of the linears of the experts in the layer that vLLM calls `prefix`, by the last parts of their
         names, with # for the expert's number; none where they are not quantized.
+
+        Raises ValueError where the checkpoint has another number of them, or calls them otherwise.
         """
+        wanted = list(last_parts)
         block = next((block for block, _ in self.of_experts if prefix.startswith(f"{block}.")), "")
-        return [self.of_experts[block, last] for last in last_parts if (block, last) in self.of_experts]
+        there = [name for name, _ in self.of_experts if name == block]
+        found = [self.of_experts[block, last] for last in wanted if (block, last) in self.of_experts]
+        if len(there) != len(found) or 0 < len(found) < len(wanted):
+            stored = ", ".join(sorted(name for (at, _), name in self.of_experts.items() if at == block))
+            raise ValueError(
+                f"{prefix}: vLLM's class asks for {', '.join(wanted)} of every expert, and the checkpoint has {stored};"
+                " `babai convert OUT NEW --to dense` makes it servable"
+            )
+        return found
 
     def _found(self, name: str) -> Found | None:
         if name in self.by_name:
