@@ -226,3 +226,5 @@ def test_names_of_experts() -> None:
     found = names.experts("model.layers.0.feed_forward.experts", asked)
     assert found == [f"model.layers.0.mlp.experts.#.{name}" for name in asked]
     assert names.experts("model.layers.1.mlp.experts", asked) == []
+    with pytest.raises(ValueError, match=r"experts: vLLM's class asks for w1, w3, w2 .* has .*experts\.#\.gate_proj"):
+        names.experts("model.layers.0.mlp.experts", ["w1", "w3", "w2"])
