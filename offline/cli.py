@@ -219,7 +219,7 @@ def predict(
     console.print(table)
     low, high = found.perplexity_factor
     console.print(f"{found.rate:.3f} bits per weight, {found.checkpoint_bytes / 1e6:.1f} MB in all")
-    console.print(f"expected loss {found.loss:.5f} nats per token: perplexity × {low:.4f} to {high:.4f}")
+    console.print(f"expected KL divergence {found.loss:.5f} nats per token: perplexity × {low:.4f} to {high:.4f}")
 
 
 @app.command()

@@ -32,7 +32,7 @@ def plot_tradeoff(curves: dict[str, list[tuple[float, float]]], chosen: tuple[fl
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker=".", label=name)
     axes.plot(*chosen, marker="o", linestyle="", color="black", label="this plan")
-    axes.set(xlabel="bits per weight", ylabel="expected loss, nats per token", yscale="log")
+    axes.set(xlabel="bits per weight", ylabel="expected KL divergence, nats per token", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -81,7 +81,8 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         """Register a placeholder per kind of stored tensor, which takes no memory.
 
-        Raises ValueError when the experts cannot be cut for this rank, NotImplementedError for what is not there yet.
+        Raises ValueError when the experts cannot be cut for this rank, NotImplementedError for what is not there yet,
+        FormatError for a weight file that is cut or missing.
         """
         if self.moe.has_bias:
             raise NotImplementedError(
@@ -112,6 +113,7 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
         self.numbers = {local(number): number for number in range(global_num_experts) if local(number) >= 0}
         self.vllm_config = get_current_vllm_config()
         check_offloading(self.vllm_config)
+        self.kept.check_files(self.vllm_config.model_config, self.vllm_config.load_config)
         for stem, reader in self.readers.items():
             for key, dtype in reader.form.dtypes.items():
                 self._expect(stem, key)
