@@ -9,27 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from architectures import BUNDLED, TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_babai.offline import QuantizeOptions, quantize
 from vllm_babai.offline.tools.convert import convert
 
-BUNDLED = Path(__file__).parents[2] / "deploy" / "demo" / "stdlib-6m"
 PROMPT = "class Error(Exception):\n    pass\n\n\ndef parse(text, *, strict=False):\n"
-SIZES = {
-    "vocab_size": 4096,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-    "num_experts_per_tok": 2,
-}
+SIZES = TEXT | {"head_dim": 32, "max_position_embeddings": 512, "num_experts_per_tok": 2}
 MANY = {"num_experts": 8, "moe_intermediate_size": 32}
 ONE = ("--dtype", "float32")
 # Name → class and sizes of the configuration, options of the quantizer and of the server.
