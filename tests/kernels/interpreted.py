@@ -78,7 +78,8 @@ def test_odd_shapes(bits: int, shape: tuple[int, int]) -> None:
     check(random_weight(bits, *shape, overflow=0.05), bits, torch.randn(2, 3, shape[1]).bfloat16())
 
 
-@pytest.mark.parametrize(("bits", "tokens"), [(2, 1), (3, 3), (4, 1), (5, 3), (8, 1)])
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize(
     ("overflow", "spread", "entry"),
     [(0.0, 1, torch.int16), (0.3, 15, torch.int16), (0.05, 24, torch.int16), (1.0, 300, torch.int32)],
