@@ -99,7 +99,7 @@ def evaluate(
     original = load_dense(against, device) if against else None
     with counting_progress() as progress, progress.phase("evaluating", len(windows), "windows") as phase:
         own = predictions(candidate, windows, phase.advance)
-        return compare(own, None if original is None else predictions(original, windows), str(model))
+        return compare(own, None if original is None else predictions(original, windows), model, against)
 
 
 @torch.inference_mode()
@@ -115,10 +115,12 @@ def predictions(model: nn.Module, windows: Tensor, tick: Callable[[int], object]
 
 
 @torch.inference_mode()
-def compare(own: Iterable[Prediction], original: Iterable[Prediction] | None, name: str) -> Evaluation:
+def compare(
+    own: Iterable[Prediction], original: Iterable[Prediction] | None, model: str | Path, against: str | Path | None
+) -> Evaluation:
     """Evaluation of a model by its predictions, and by the original's of the same windows where there are any.
 
-    name: of the model. Raises QuantizationError that names it where what it predicts is no number.
+    model, against: what the two are called in a QuantizationError, for one whose predictions are no numbers.
     """
     losses, original_losses, divergences, agreements = [], [], [], []
     pairs = ((mine, None) for mine in own) if original is None else zip(own, original, strict=True)
@@ -135,17 +137,17 @@ def compare(own: Iterable[Prediction], original: Iterable[Prediction] | None, na
     if original_losses:
         reference_nll = torch.cat(original_losses).double()
         comparison = Comparison(
-            _perplexity(float(reference_nll.mean()), f"the original of {name}"),
+            _perplexity(float(reference_nll.mean()), against),
             *_mean_and_error(nll - reference_nll),
             *_mean_and_error(torch.cat(divergences).double()),
             *_mean_and_error(torch.cat(agreements).double()),
         )
     by_position = [float(part.mean()) for part in nll.chunk(8, dim=1)]
     shape = (nll.numel(), len(nll), nll.shape[1] + 1)
-    return Evaluation(_perplexity(mean, name), mean, error, by_position, *shape, comparison)
+    return Evaluation(_perplexity(mean, model), mean, error, by_position, *shape, comparison)
 
 
-def _perplexity(nll: float, model: str) -> float:
+def _perplexity(nll: float, model: str | Path | None) -> float:
     """exp(nll). Raises QuantizationError where it is no number, as with a damaged embedding or norm."""
     try:
         perplexity = math.exp(nll)

@@ -164,7 +164,7 @@ def evaluated(row: Row, study: Study) -> dict[str, dict[str, float]]:
     for text, file in study.texts.items():
         windows = evaluation_windows(material.model, file, material.length, material.windows)
         original = kept_predictions(study.work / f"original-{text}", material.model, windows)
-        comparison = compare(predictions(candidate, windows), original, name).comparison
+        comparison = compare(predictions(candidate, windows), original, name, material.model).comparison
         assert comparison is not None
         found[text] = asdict(comparison)
     return found
