@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format.checksums import SUMS
+from vllm_babai.format.index import INDEX, tensors_by_file
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REPORT = "babai_report.json"  # of a quantized checkpoint: what is known of every linear
 # For everything that transformers loads. Where it is not said, transformers asks at the terminal.
@@ -141,12 +141,10 @@ def _indexed_files(folder: Path) -> dict[str, Path]:
 
     A link in the folder is followed: the hub's cache keeps the files themselves in a folder of its own.
     """
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and file for file in weight_map.values()):
+    index = read_json(folder / INDEX)
+    names = tensors_by_file(index.get("weight_map"))
+    if names is None:
         raise QuantizationError(f"{folder / INDEX} has no weight_map from tensors to files: fetch or copy it again")
-    names: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        names.setdefault(file, set()).add(name)
     for file in names:
         if Path(file).is_absolute() or ".." in Path(file).parts or "\0" in file:
             raise QuantizationError(
@@ -157,7 +155,7 @@ def _indexed_files(folder: Path) -> dict[str, Path]:
     for file, expected in names.items():
         if lacking := expected - set(_tensor_names(folder / file)):
             raise QuantizationError(f"{folder / file} lacks {min(lacking)}, which {INDEX} says it holds: copy it again")
-    return {name: folder / file for name, file in weight_map.items()}
+    return {name: folder / file for name, file in index["weight_map"].items()}
 
 
 def _tensor_names(path: Path) -> list[str]:

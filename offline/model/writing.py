@@ -16,7 +16,8 @@ from vllm_babai.files import write_atomically
 from vllm_babai.format import FORMATS
 from vllm_babai.format.checksums import SUMS, as_text, digest_of, file_sums, kept_checksums
 from vllm_babai.format.config import REFUSAL
-from vllm_babai.offline.model.checkpoint import INDEX, REPORT, Checkpoint
+from vllm_babai.format.index import INDEX
+from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint
 from vllm_babai.offline.model.place import MADE, RUN
 
 

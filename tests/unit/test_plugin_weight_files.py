@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_babai.errors import FormatError
-from vllm_babai.plugin.weight_files import INDEX, check_weight_files
+from vllm_babai.format.index import INDEX
+from vllm_babai.plugin.weight_files import check_weight_files
 
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

@@ -69,8 +69,7 @@ def device_layout(
     Raises ValueError for a group size that is no multiple of 16.
     """
     width = FIELD_WIDTH[bits]
-    integers = unpack(qweight, bits, in_features)
-    integers[overflow.rows.long(), overflow.columns.long()] += overflow.excess.short()
+    integers = overflow.added_to(unpack(qweight, bits, in_features))
     fields = integers.clamp(*integer_range(width))
     entries, offsets = _overflow_by_block(integers - fields)
     return DeviceLayout(_words(fields, width), _group_scales(scales, in_features), entries, offsets)

@@ -192,11 +192,8 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
         if number == -1:
             return False if return_success else None
         rank, ranks = self.moe.tp_rank, self.moe.tp_size
-        own, whole, all_inner = (
-            slice(rank * self.inner, (rank + 1) * self.inner),
-            slice(0, self.hidden),
-            self.inner * ranks,
-        )
+        own, all_inner = slice(rank * self.inner, (rank + 1) * self.inner), self.inner * ranks
+        whole = slice(0, self.hidden)
         if shard_id == "w2":
             part = Part(loaded_weight, Window(whole, own), (self.hidden, all_inner), 0)
         else:
@@ -224,9 +221,7 @@ def widened(weight: PackedWeight, bits: int, columns: int) -> PackedWeight:
     """The same weight with a dense part of `bits`, no fewer than it has; columns: of it."""
     if weight.bits == bits:
         return weight
-    integers = unpack(weight.qweight, weight.bits, columns)
-    overflow = weight.overflow
-    integers[overflow.rows.long(), overflow.columns.long()] += overflow.excess.short()
+    integers = weight.overflow.added_to(unpack(weight.qweight, weight.bits, columns))
     dense = integers.clamp(*integer_range(bits))
     rows, places = torch.where(integers != dense)
     rest = Overflow(rows.int(), places.int(), (integers - dense)[rows, places].int())

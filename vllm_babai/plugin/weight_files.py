@@ -5,8 +5,7 @@ from pathlib import Path
 
 from vllm_babai.errors import FormatError
 from vllm_babai.format.checksums import tensor_names
-
-INDEX = "model.safetensors.index.json"
+from vllm_babai.format.index import INDEX, tensors_by_file
 
 
 def check_weight_files(folder: Path) -> None:
@@ -32,9 +31,7 @@ def _indexed(index: Path) -> dict[str, set[str]]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
         raise FormatError(f"{index} cannot be read as an index ({error!r}): copy it again") from error
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and file for file in weight_map.values()):
+    found = tensors_by_file(weight_map)
+    if found is None:
         raise FormatError(f"{index} has no weight_map from tensors to files: copy it again")
-    found: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        found.setdefault(file, set()).add(name)
     return found

@@ -43,6 +43,11 @@ class Overflow:
     columns: Tensor
     excess: Tensor
 
+    def added_to(self, dense: Tensor) -> Tensor:
+        """The whole integers: `dense`, int16 [out, in] from `packing.unpack`, to which the excess is added in place."""
+        dense[self.rows.long(), self.columns.long()] += self.excess.short()
+        return dense
+
 
 @dataclass(frozen=True)
 class Header(Tiling):

@@ -76,12 +76,10 @@ class SSQR(Format[LatticeWeight]):
                 f"overflow blob is of a layer with {header.rows} rows, but qweight has {self.qweight.shape[0]}"
                 f" and scales {self.scales.shape[0]}"
             )
-        integers = unpack(self.qweight, header.bits, header.columns)
+        dense = unpack(self.qweight, header.bits, header.columns)
         stored = read_overflow(self.overflow, shape, linear)
         check_dense(self.qweight, self.scales, stored, slice(0, header.rows), slice(0, header.columns))
-        sparse = stored.decode()
-        integers[sparse.rows.long(), sparse.columns.long()] += sparse.excess.short()
-        return LatticeWeight(integers, self.scales)
+        return LatticeWeight(stored.decode().added_to(dense), self.scales)
 
     @property
     def dense_range(self) -> tuple[int, int]:
