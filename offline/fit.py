@@ -11,8 +11,9 @@ from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.skeleton import load_config
 from vllm_babai.offline.model.streamed import open_streamed
-from vllm_babai.offline.model.walk import parts_of
+from vllm_babai.offline.model.walk import bits_outside, parts_of
 from vllm_babai.offline.options import RATES, QuantizeOptions
+from vllm_babai.offline.plan.budget import bytes_beside
 
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 USABLE = 0.92  # of a device's memory: vLLM's default --gpu-memory-utilization
@@ -24,8 +25,8 @@ BYTES_PER_CACHED = 2  # bfloat16, vLLM's default for the KV cache of a bfloat16 
 
 @dataclass(frozen=True)
 class Sizes:
-    """kept: bytes of tensors that stay as they are. weights: how many are quantized. cached: bytes of KV cache that a
-    token takes.
+    """kept: bytes of tensors that stay as they are, and of head and embedding with the bits asked for. weights: how
+    many get the bits that are left. cached: bytes of KV cache that a token takes.
     """
 
     kept: int
@@ -37,11 +38,11 @@ def measure(model: str | Path, options: QuantizeOptions) -> Sizes:
     """What of a model's size quantization can change, and what it cannot. Raises QuantizationError like `prepare`."""
     checkpoint = open_checkpoint(model)
     streamed = open_streamed(checkpoint, torch.device("cpu"), torch.float32)
-    stored, parts = streamed.checkpoint, parts_of(streamed, options)
-    weights = sum(linear.weight.numel() for part in parts for linear in part.linears_of(streamed).values())
-    replaced = {name for part in parts for name in part.replaced if name in stored.files}
-    kept = stored.bytes() - sum(stored.size(name) for name in replaced)
-    return Sizes(kept, weights, cache_bytes(load_config(checkpoint)))
+    parts, outside = parts_of(streamed, options), bits_outside(streamed, options)
+    weights = sum(part.weights(streamed) for part in parts if part.name not in outside)
+    if not weights:
+        raise QuantizationError("--size and --fit share bits out among linears of decoder blocks, and none is left")
+    return Sizes(bytes_beside(streamed, parts, options), weights, cache_bytes(load_config(checkpoint)))
 
 
 def cache_bytes(config: Any) -> int:

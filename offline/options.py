@@ -29,6 +29,7 @@ FORMATS_OF = {
     "group_size": ("ssqr",),
     "rate": ("hptq",),
     "column_steps": ("hptq",),
+    "embedding": ("ssqr", "hptq"),
 }
 
 
@@ -73,11 +74,19 @@ class QuantizeOptions:
     ignore: Annotated[list[str], Option(help="Regular expression of linears to leave as they are.")] = field(
         default_factory=list
     )
-    # No plan counts the head, and `ignore` does not apply to it.
+    # No plan counts head and embedding, and `ignore` does not apply to them.
     lm_head: Annotated[
         float | None,
         Option(
             help="Bits of lm_head, where it is not tied to the embedding: a width for SSQR, else a rate; "
+            "without it, it stays as it is."
+        ),
+    ] = None
+    # Where head and embedding are tied, these bits are for both.
+    embedding: Annotated[
+        float | None,
+        Option(
+            help="Bits of the embedding, and of lm_head where it is tied to it: a width for SSQR, else a rate; "
             "without it, it stays as it is."
         ),
     ] = None
@@ -103,10 +112,13 @@ class QuantizeOptions:
         _check("--seed", SEEDS[0] <= self.seed <= SEEDS[1], f"from {SEEDS[0]} to {SEEDS[1]}", self.seed)
         if self.dtype != "auto":
             torch_dtype(self.dtype)
-        if self.lm_head is not None and self.format == "ssqr":
-            _check("--lm-head", self.lm_head in BIT_WIDTHS, f"one of {BIT_WIDTHS} in SSQR", self.lm_head)
-        elif self.lm_head is not None:
-            _check_rate("--lm-head", self.lm_head, self.format)
+        for option, bits in (("--lm-head", self.lm_head), ("--embedding", self.embedding)):
+            if bits is not None and self.format == "ssqr":
+                _check(option, bits in BIT_WIDTHS, f"one of {BIT_WIDTHS} in SSQR", bits)
+            elif bits is not None:
+                _check_rate(option, bits, self.format)
+        if self.embedding is not None:  # a row of a trellis is spread among those of its tile
+            _check("--embedding", self.format != "trellis", "left out with --format trellis", self.embedding)
         for pattern in self.ignore:
             try:
                 re.compile(pattern)

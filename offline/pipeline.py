@@ -4,15 +4,16 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from vllm_babai.format import FORMATS, CheckpointConfig
+from vllm_babai.format import FORMATS, CheckpointConfig, Weight
 from vllm_babai.format.config import kind_of, layer_name
 from vllm_babai.offline.model.expert_report import check_stored, report_experts
 from vllm_babai.offline.model.place import check_place
 from vllm_babai.offline.model.routed import SeenByExpert
 from vllm_babai.offline.model.streamed import StreamedModel
-from vllm_babai.offline.model.walk import Group, Part, Stage, factored_groups, walk
+from vllm_babai.offline.model.walk import Group, Part, Stage, bits_outside, factored_groups, walk
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.plan.budget import Budget, Target, targets
 from vllm_babai.offline.plan.plan import PlannedLinear, forecast_model, make_plan
@@ -28,6 +29,7 @@ from vllm_babai.offline.scales.linear import (
     quantize_trellis,
 )
 from vllm_babai.offline.solver.drift import corrected
+from vllm_babai.offline.solver.factor import factorize
 from vllm_babai.offline.solver.lattice import Lattice
 from vllm_babai.progress import CountingProgress, Phase, counting_progress
 
@@ -55,36 +57,68 @@ def _quantize_parts(prepared: Prepared, folder: RunFolder, options: QuantizeOpti
     linears = [name for part in prepared.blocks for name in part.linears]
     with counting_progress() as progress:
         sensitivity, plan = _sensitivity_and_plan(prepared, folder, options, progress) if linears else (None, [])
-        wanted = targets(linears, prepared.head, plan, options)
+        outside = bits_outside(prepared.model, options)
+        wanted = targets(linears, outside, plan, options)
         if not all(folder.has(part) for part in prepared.parts):
-            budget = Budget(wanted, {prepared.head} if prepared.head else set())
-            hidden = prepared.inputs.hidden
-            streams = [hidden, hidden.clone()] if options.drift else [hidden]
+            budget = Budget(wanted, set(outside))
             with progress.phase("quantizing", len(wanted), "linears") as phase:
                 for note in prepared.model.notes():
                     phase.note(note)
-                run = _Run(prepared.model, options, folder, sensitivity, wanted, budget, phase)
-                walk(prepared.model, prepared.parts, prepared.inputs, streams, run.visit)
+                embedding = _embedding(prepared, options)
+                run = _Run(prepared.model, options, folder, sensitivity, wanted, budget, phase, embedding)
+                walk(prepared.model, prepared.walked, prepared.inputs, _streams(prepared, run), run.visit)
     return _checkpoint_config(prepared, options, wanted)
 
 
+def _embedding(prepared: Prepared, options: QuantizeOptions) -> str | None:
+    return None if options.embedding is None else prepared.model.embedding_name
+
+
+def _streams(prepared: Prepared, run: "_Run") -> list[Tensor]:
+    """Hidden states before the first block: of the quantized model, and with drift correction those of the original."""
+    hidden = prepared.inputs.hidden
+    if prepared.embedding is None:
+        return [hidden, hidden.clone()] if run.options.drift else [hidden]
+    looked_up, _ = prepared.model.first_inputs(prepared.inputs.tokens, run.look_up(prepared.embedding))
+    return [looked_up, hidden] if run.options.drift else [looked_up]
+
+
 def _checkpoint_config(prepared: Prepared, options: QuantizeOptions, wanted: dict[str, Target]) -> CheckpointConfig:
-    """A quantized head is always among the overrides, by which the plugin knows it; any other is ignored."""
-    model, head = prepared.model, prepared.head
-    ignored = [*([] if head else ["lm_head"]), *weights_left_alone(model, wanted)]
+    """Quantized head and embedding are always among the overrides, by which the plugin knows them; any other head is
+    ignored.
+    """
+    model, outside = prepared.model, bits_outside(prepared.model, options)
+    embedding = _embedding(prepared, options)
+    has_head = len(prepared.walked) > len(prepared.blocks)
+    ignored = [*([] if has_head else ["lm_head"]), *weights_left_alone(model, wanted)]
     scope = model.block_names
     kinds = sorted({kind_of(name, part.name) for part in prepared.blocks for name in part.linears})
     if options.format != "ssqr":
-        overrides: dict[str, dict[str, int]] = {head: {}} if head else {}
+        overrides: dict[str, dict[str, int]] = {name: {} for name in outside}
         residency = FORMATS[options.format].residencies[0]
         return CheckpointConfig(
-            options.format, ignore=ignored, overrides=overrides, residency=residency, scope=scope, linears=kinds
+            options.format,
+            ignore=ignored,
+            overrides=overrides,
+            residency=residency,
+            scope=scope,
+            linears=kinds,
+            embedding=embedding,
         )
     overrides = {
-        layer_name(n): {"bits": target.bits} for n, target in wanted.items() if target.bits != options.bits or n == head
+        layer_name(n): {"bits": target.bits}
+        for n, target in wanted.items()
+        if target.bits != options.bits or n in outside
     }
     return CheckpointConfig(
-        options.format, options.bits, options.group_size, ignored, overrides, scope=scope, linears=kinds
+        options.format,
+        options.bits,
+        options.group_size,
+        ignored,
+        overrides,
+        scope=scope,
+        linears=kinds,
+        embedding=embedding,
     )
 
 
@@ -135,6 +169,7 @@ class _Run:
     targets: dict[str, Target]
     budget: Budget
     phase: Phase
+    embedding: str | None  # where it is to be quantized
 
     def visit(self, part: Part, stage: Stage, original: Stage | None = None) -> None:
         """Give a stage its quantized weights. original: the same part of the original model, to correct drift by."""
@@ -144,6 +179,25 @@ class _Run:
             self.phase.advance(len(part.linears))
         else:
             self._quantize(part, stage, original)
+
+    def look_up(self, part: Part) -> Tensor:
+        """Quantize an embedding, or restore it; what it gives for every token, [vocabulary, hidden].
+
+        Its Hessian is the identity: the rows of a look-up are not summed, so that all features count alike, and so do
+        all rows, of which each token reads one. Nearest plane is then plain rounding.
+        """
+        name = part.name
+        self.phase.at(name)
+        self.phase.advance()
+        if self.folder.has(part):
+            return self._stored_weight(name, self.folder.read(part)).dequantize()
+        weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
+        factor = factorize(torch.eye(weight.shape[1], device=weight.device), self.options.column_order, 0.0)
+        quantized = self._encode(name, weight, Lattice(factor))
+        self.folder.write(
+            part, {f"{name}.{key}": tensor for key, tensor in quantized.tensors.items()}, [quantized.report]
+        )
+        return quantized.weight.dequantize()
 
     def _quantize(self, part: Part, stage: Stage, original: Stage | None) -> None:
         """Quantize linears in the order in which they run, each group on the outputs of the groups before it."""
@@ -181,21 +235,28 @@ class _Run:
         """Exponents of the columns' steps of linears that share an input, or None."""
         if self.options.format != "hptq" or not self.options.column_steps or group.expert is not None:
             return None  # experts share one kernel, which has no steps for the columns of each
+        if self.embedding in group.linears:
+            return None  # what is looked up has no input that could be scaled
         weights = {name: linear.weight for name, linear in group.linears.items()}
         rates = [self.budget.next_rate(name, weight.numel()) for name, weight in weights.items()]
         chosen = choose_column_steps(list(weights.values()), group.factor, rates, self.options.seed)
         return None if chosen is None else chosen.exponents
 
     def _quantize_linear(self, name: str, group: Group, column_exponents: Tensor | None) -> QuantizedLinear:
-        options, target = self.options, self.targets[name]
         rows = self.sensitivity.row_geometry(name) if self.sensitivity else None
-        lattice = Lattice(group.factor, rows, options.row_paths)
+        lattice = Lattice(group.factor, rows, self.options.row_paths)
         if group.expert is None:
             weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
         else:  # which the checkpoint may keep with others in one tensor
             weight = group.linears[name].weight.clone()
         if group.drift is not None:
             weight = corrected(weight, group.factor, group.drift)
+        return self._encode(name, weight, lattice, column_exponents)
+
+    def _encode(
+        self, name: str, weight: Tensor, lattice: Lattice, column_exponents: Tensor | None = None
+    ) -> QuantizedLinear:
+        options, target = self.options, self.targets[name]
         if options.format == "hptq":
             rate = self.budget.next_rate(name, weight.numel())
             return quantize_hptq(name, weight, lattice, rate, options.seed, column_exponents)
@@ -206,9 +267,12 @@ class _Run:
 
     def _restore(self, part: Part, linears: dict[str, nn.Linear]) -> None:
         """Give a part the weights that an interrupted run has already quantized."""
-        stored, form = self.folder.read(part), FORMATS[self.options.format]
+        stored = self.folder.read(part)
         for name, linear in linears.items():
-            tensors = {key: stored[f"{name}.{key}"] for key in form.dtypes}
-            linear.weight.copy_(form.from_tensors(tensors).decode().dequantize())
+            linear.weight.copy_(self._stored_weight(name, stored).dequantize())
         for report in self.folder.read_reports(part):
             self.budget.spend(report)
+
+    def _stored_weight(self, name: str, stored: dict[str, Tensor]) -> Weight:
+        form = FORMATS[self.options.format]
+        return form.from_tensors({key: stored[f"{name}.{key}"] for key in form.dtypes}).decode()

@@ -21,13 +21,18 @@ class Prepared:
 
     @property
     def blocks(self) -> list[Part]:
-        """The parts that are decoder blocks: all but the head."""
+        """The parts that are decoder blocks: all but head and embedding."""
         return self.parts[: len(self.inputs.calls)]
 
     @property
-    def head(self) -> str | None:
-        """Name of the linear that makes logits, where it is to be quantized."""
-        return self.parts[-1].name if len(self.parts) > len(self.blocks) else None
+    def walked(self) -> list[Part]:
+        """The parts that hidden states go through: all but an embedding that makes no logits."""
+        return [part for part in self.parts if not part.is_lookup]
+
+    @property
+    def embedding(self) -> Part | None:
+        """The embedding, where it is to be quantized and makes no logits."""
+        return next((part for part in self.parts if part.is_lookup), None)
 
 
 def prepare(model: str | Path, options: QuantizeOptions) -> Prepared:

@@ -100,8 +100,10 @@ class RunFolder:
         """Write what is in no part, the index, config, report and card: the checkpoint is then whole."""
         checkpoint, count = self.checkpoint, len(self.parts) + 1
         inside = tuple(f"{part.name}." for part in self.parts)
+        replaced = {name for part in self.parts for name in part.replaced}
+        kept = [n for n in checkpoint.files if not n.startswith(inside) and n not in replaced]
         rest = self.partial / part_file(count, count)
-        save_atomically(rest, {n: checkpoint.read_kept(n) for n in checkpoint.files if not n.startswith(inside)})
+        save_atomically(rest, {name: checkpoint.read_kept(name) for name in kept})
         files = [*(self.partial / part.file for part in self.parts), rest]
         write_index(self.partial, files)
         companions = copy_companions(checkpoint, self.partial)
@@ -144,7 +146,7 @@ def open_run(
 def _expected_bytes(prepared: Prepared, options: QuantizeOptions) -> int:
     """Bytes of the checkpoint to come, about: the original's, with the bits asked for in place of 16."""
     model, saved = prepared.model, 16 - (options.planned_rate or options.bits)
-    weights = sum(linear.weight.numel() for part in prepared.parts for linear in part.linears_of(model).values())
+    weights = sum(part.weights(model) for part in prepared.parts)
     return model.checkpoint.bytes() - int(saved / 8 * weights)
 
 

@@ -108,6 +108,8 @@ class BabaiQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise FormatError("babai checkpoints are loaded from a folder or the hub, not from a state_dict")
+        if embedding := self.quantization_config.checkpoint.embedding:
+            raise FormatError(f"{embedding} is quantized, which is not supported yet: convert --to dense")
         self.checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
         keys = tuple(FORMATS[self.quantization_config.checkpoint.format].dtypes)
         first = keys[0]

@@ -120,7 +120,7 @@ def _check_linears(
 ) -> dict[str, tuple[int, int]]:
     """The quantized linears and their shapes, [out, in]."""
     found: dict[str, tuple[int, int]] = {}
-    for linear, shape in _stored_linears(model, view):
+    for linear, shape in _stored_linears(model, view, scheme):
         if linear in parts:
             _check_parts(checkpoint, scheme, linear, parts[linear])
             if not _is_quantized(scheme, linear):
@@ -137,12 +137,21 @@ def _check_linears(
     return found
 
 
-def _stored_linears(model: PreTrainedModel, view: CheckpointView) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name in the checkpoint and shape of the model's linears that have a weight there, those of experts one by one."""
+def _stored_linears(
+    model: PreTrainedModel, view: CheckpointView, scheme: CheckpointConfig
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name in the checkpoint and shape of the model's linears that have a weight there, those of experts one by one;
+    and of the embedding, where that is quantized.
+    """
+    embedding = model.get_input_embeddings() if scheme.embedding is not None else None
     for name, module in model.named_modules():
-        stored = view.stored_name(f"{name}.weight") if isinstance(module, nn.Linear) else None
-        if stored is not None and isinstance(module, nn.Linear):
-            yield stored.removesuffix(".weight"), (module.out_features, module.in_features)
+        looks_up = isinstance(module, nn.Embedding) and module is embedding
+        if not (looks_up or isinstance(module, nn.Linear)):
+            continue
+        stored = view.stored_name(f"{name}.weight")
+        if stored is not None:
+            rows, columns = module.get_parameter("weight").shape
+            yield stored.removesuffix(".weight"), (rows, columns)
     for name, experts in find_experts(model).items():
         shapes = {role: shape_of(experts, role) for role in roles_of(experts)}
         for names in view.expert_names(name):

@@ -19,6 +19,7 @@ from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.call import Call, Injector, Recorder, Recording, StandIn
 from vllm_babai.offline.model.capture import batches
 from vllm_babai.offline.model.checkpoint import Checkpoint
+from vllm_babai.offline.model.embedding import embedding_module, is_tied
 from vllm_babai.offline.model.experts import Experts, check_experts, find_experts, refuse_unknown_experts
 from vllm_babai.offline.model.fp8 import open_source
 from vllm_babai.offline.model.served import fused_with, stays_dense
@@ -75,18 +76,32 @@ class StreamedModel:
 
     @property
     def head_name(self) -> str:
-        """Full name of the linear that makes logits, usually 'lm_head'.
+        """Full name of the linear that makes logits, usually 'lm_head'; of a tied one, that of the embedding.
 
-        Raises QuantizationError when there is none, or none with a weight of its own.
+        Raises QuantizationError when there is none, or its weight is not stored as one tensor.
         """
         head = self.skeleton.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise QuantizationError(f"--lm-head: {type(self.skeleton).__name__} has no linear that makes logits")
-        stored = self.view.stored_name(f"{self._head}.weight")
-        if head.weight is self.skeleton.get_input_embeddings().weight or stored is None:
-            raise QuantizationError(
-                f"--lm-head: {self._head} is tied to the embedding, which stays as it is; quantize without --lm-head"
-            )
+        stored = self._stored_linear(self._head)
+        if stored is None:
+            raise QuantizationError(f"--lm-head: {self.checkpoint.folder} does not hold {self._head} as one tensor")
+        return stored
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the matrix that makes logits is the embedding."""
+        return is_tied(self.skeleton)
+
+    @property
+    def embedding_name(self) -> str:
+        """Full name of the embedding of tokens, e.g. 'model.embed_tokens'. Raises QuantizationError for one of an
+        unknown kind.
+        """
+        name = embedding_module(self.skeleton)
+        stored = self.view.stored_name(f"{name}.weight")
+        if stored is None:
+            raise QuantizationError(f"--embedding: {self.checkpoint.folder} does not hold {name} as one tensor")
         return stored.removesuffix(".weight")
 
     def linears(self, part: str, module: nn.Module | None = None) -> dict[str, nn.Linear]:
@@ -117,7 +132,12 @@ class StreamedModel:
         return found
 
     def packed(self, part: str, linears: Collection[str]) -> list[str]:
-        """Tensors of the checkpoint that hold a part's experts, where `linears`, to be quantized, are of these."""
+        """Tensors of the checkpoint that hold a part's experts, where `linears`, to be quantized, are of these; and the
+        copy of a tied head that some checkpoints have.
+        """
+        if part not in self.block_names:
+            copy = self.view.stored_name(f"{self._head}.weight")
+            return [copy] if self.is_tied and copy not in (None, f"{part}.weight") else []
         found = []
         for experts in self.experts(part):
             if any(name in linears for names in experts.names for name in names.values()):
@@ -166,11 +186,13 @@ class StreamedModel:
     def load(self, part: str) -> nn.Module:
         """A copy of a decoder block or the head with its weights. Raises QuantizationError like `load_block`."""
         name, state = self._module(part), {}
-        for key in self.view.below(f"{name}."):
-            tensor = state[key.removeprefix(f"{name}.")] = self.view.read(key)
+        sources = {key: key for key in self.view.below(f"{name}.")}
+        sources |= {key: source for key, source in self._tied_to.items() if key.startswith(f"{name}.")}
+        for key, source in sources.items():
+            tensor = state[key.removeprefix(f"{name}.")] = self.view.read(source)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                stored = self.view.stored_name(key) or key
-                raise QuantizationError(f"{stored} has NaN or Inf in {', '.join(sorted(self.view.files(key)))}")
+                stored = self.view.stored_name(source) or source
+                raise QuantizationError(f"{stored} has NaN or Inf in {', '.join(sorted(self.view.files(source)))}")
         module = copy.deepcopy(self.skeleton.get_submodule(name))
         self._fill(module, state, name)
         module.eval().requires_grad_(False)
@@ -178,10 +200,10 @@ class StreamedModel:
             check_experts(inner, full)
         return module
 
-    def first_inputs(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+    def first_inputs(self, tokens: Tensor, embedding: Tensor | None = None) -> tuple[Tensor, list[Call]]:
         """Hidden states before the first block, [sequences, length, hidden], and how each block is called.
 
-        tokens: int64 [sequences, length].
+        tokens: int64 [sequences, length]. embedding: instead of the checkpoint's, [vocabulary, hidden].
         """
         decoder = copy.deepcopy(self.skeleton.get_submodule(self.decoder_name))
         recorders = [Recorder(block, tried.outputs) for block, tried in zip(self.blocks, self.tried, strict=True)]
@@ -189,6 +211,8 @@ class StreamedModel:
         prefix = f"{self.decoder_name}." if self.decoder_name else ""
         wanted = {key for key, _ in decoder.named_parameters()} | {key for key, _ in decoder.named_buffers()}
         state = {key: self.view.read(prefix + key) for key in wanted if prefix + key in self.view}
+        if embedding is not None:
+            state[f"{embedding_module(self.skeleton)}.weight".removeprefix(prefix)] = embedding
         self._fill(decoder, state, self.decoder_name)
         decoder.eval()
         recordings = [Recording(name) for name in self.block_names]
@@ -241,8 +265,14 @@ class StreamedModel:
 
     def _stored_linear(self, name: str) -> str | None:
         """What the checkpoint calls a linear; None where its weight is not stored as one tensor."""
-        stored = self.view.stored_name(f"{name}.weight")
+        key = f"{name}.weight"
+        stored = self.view.stored_name(self._tied_to.get(key, key))
         return None if stored is None else stored.removesuffix(".weight")
+
+    @property
+    def _tied_to(self) -> dict[str, str]:
+        """Tensor of the model → the one that it is."""
+        return getattr(self.skeleton, "all_tied_weights_keys", None) or {}
 
     def _module(self, part: str) -> str:
         """What transformers calls a decoder block or the head."""
@@ -259,8 +289,7 @@ class StreamedModel:
     def _fill_outer(self, model: nn.Module) -> None:
         """Give a model without blocks its weights. What it does not run on text (a vision tower) may lack some."""
         state = {key: self.view.read(key) for key in model.state_dict() if key in self.view}
-        tied = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
-        state |= {key: state[source] for key, source in tied.items() if key not in state and source in state}
+        state |= {key: state[source] for key, source in self._tied_to.items() if key not in state and source in state}
         inside = tuple(f"{name}." if name else "" for name in (self.decoder_name, self._head))
         self._fill(model, state, "", spare={key for key in model.state_dict() if not key.startswith(inside)})
         model.eval().requires_grad_(False)

@@ -5,6 +5,7 @@ quantizes a part before its outputs go on to the next.
 """
 
 import copy
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,14 +28,16 @@ TokenWeights = Callable[[list[str]], Tensor | None]
 
 
 class Part(NamedTuple):
-    """What one file of a checkpoint holds: a decoder block, or the head. linears: full names of those to quantize.
-    packed: tensors of the original that each hold some of these, as experts may be stored.
+    """What one file of a checkpoint holds: a decoder block, the head, or the embedding. linears: full names of those to
+    quantize. packed: tensors of the original that each hold some of these, as experts may be stored. is_lookup: whether
+    it is an embedding alone, which multiplies nothing.
     """
 
     name: str
     linears: tuple[str, ...]
     file: str
     packed: tuple[str, ...] = ()
+    is_lookup: bool = False
 
     @property
     def replaced(self) -> set[str]:
@@ -43,8 +46,16 @@ class Part(NamedTuple):
 
     def linears_of(self, model: StreamedModel, module: nn.Module | None = None) -> dict[str, nn.Linear]:
         """Full name → linear to quantize of `module`, which is this part, and by default on the meta device."""
+        if self.is_lookup:
+            return {}
         wanted = set(self.linears)
         return {name: linear for name, linear in model.linears(self.name, module).items() if name in wanted}
+
+    def weights(self, model: StreamedModel) -> int:
+        """How many weights are to be quantized."""
+        if self.is_lookup:
+            return math.prod(model.checkpoint.shape(f"{self.name}.weight"))
+        return sum(linear.weight.numel() for linear in self.linears_of(model).values())
 
 
 class Inputs(NamedTuple):
@@ -84,25 +95,41 @@ class Group:
 
 
 def parts_of(model: StreamedModel, options: QuantizeOptions) -> list[Part]:
-    """The decoder blocks, then the head where it is to be quantized; one more file holds what is in none of them.
+    """The decoder blocks, then head and embedding where they are to be quantized; one more file holds what is in none
+    of them.
 
-    Raises QuantizationError when no linear is left to quantize, the head has no weight of its own, or some experts of a
-    layer are to be left as they are and others not.
+    Raises QuantizationError when no linear is left to quantize, head or embedding cannot be, or some experts of a layer
+    are to be left as they are and others not.
     """
     linears = {name: tuple(model.linears(name)) for name in model.block_names}
     linears = {name: tuple(n for n in every if not options.ignores(n)) for name, every in linears.items()}
-    if options.lm_head is not None:
-        linears[model.head_name] = (model.head_name,)
+    linears |= {name: (name,) for name in bits_outside(model, options)}
     if options.format == "trellis" and any(model.experts(name) for name in model.block_names):
         raise QuantizationError("--format trellis has no experts yet: use ssqr or hptq for a mixture of experts")
     if not any(linears.values()):
         raise QuantizationError("--ignore excludes every linear of the model")
     count = len(linears) + 1
-    parts = []
-    for i, (name, some) in enumerate(linears.items(), 1):
-        packed = _packed(model, name, some) if name in model.block_names else ()
-        parts.append(Part(name, some, part_file(i, count), packed))
-    return parts
+    lookup = None if options.embedding is None or model.is_tied else model.embedding_name
+    return [
+        Part(name, some, part_file(i, count), _packed(model, name, some), name == lookup)
+        for i, (name, some) in enumerate(linears.items(), 1)
+    ]
+
+
+def bits_outside(model: StreamedModel, options: QuantizeOptions) -> dict[str, float]:
+    """Head, then embedding, where they are to be quantized: full name → bits asked for. Tied ones are one, under the
+    embedding's name.
+
+    Raises QuantizationError where the model has them in a form that is not known, and where they are tied and the
+    options ask for different things.
+    """
+    head, embedding = options.lm_head, options.embedding
+    if model.is_tied and head is not None and head != embedding:
+        raise QuantizationError(
+            f"--lm-head: {model.head_name} is head and embedding of this model: give both by --embedding {head:g}"
+        )
+    found = {} if head is None or model.is_tied else {model.head_name: head}
+    return found if embedding is None else found | {model.embedding_name: embedding}
 
 
 def _packed(model: StreamedModel, part: str, linears: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,9 +1,14 @@
 """What every linear of a run is asked to be, and the bits that are left for the next."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
+from vllm_babai.offline.model.streamed import StreamedModel
+from vllm_babai.offline.model.walk import Part, bits_outside
 from vllm_babai.offline.options import QuantizeOptions
-from vllm_babai.offline.plan.plan import PlannedLinear
+from vllm_babai.offline.plan.plan import PlannedLinear, ssqr_rate
 from vllm_babai.offline.scales.linear import LayerReport
 
 MAX_CORRECTION = 0.005  # of a rate; a choice, not measured: no linear is to pay for all that others went over
@@ -21,17 +26,33 @@ class Target:
 
 
 def targets(
-    linears: list[str], head: str | None, plan: list[PlannedLinear], options: QuantizeOptions
+    linears: list[str], outside: Mapping[str, float], plan: list[PlannedLinear], options: QuantizeOptions
 ) -> dict[str, Target]:
-    """Linear → target: the planned one, or the options' where there is no plan; `head` has bits of its own."""
+    """Linear → target: the planned one, or the options' where there is no plan. outside: bits of head and embedding."""
     common = Target(options.bits, options.overflow, options.rate)
     found = {
         linear.name: Target(linear.bits or common.bits, linear.overflow or common.overflow, linear.rate)
         for linear in plan
     } or dict.fromkeys(linears, common)
-    if head is not None and options.lm_head is not None:
-        found[head] = Target(int(options.lm_head), options.overflow, options.lm_head)
-    return found
+    return found | {name: Target(int(bits), options.overflow, bits) for name, bits in outside.items()}
+
+
+def bytes_beside(model: StreamedModel, parts: Sequence[Part], options: QuantizeOptions) -> int:
+    """Bytes of all that no plan counts: tensors that stay as they are, and about those of head and embedding with the
+    bits asked for. parts: what is quantized, see `parts_of`.
+    """
+    stored, outside = model.checkpoint, bits_outside(model, options)
+    replaced = {name for part in parts for name in part.replaced if name in stored.files}
+    total = stored.bytes() - sum(stored.size(name) for name in replaced)
+    for part in parts:
+        if part.name in outside:
+            bits = outside[part.name]
+            if options.format == "ssqr":
+                _, columns = model.checkpoint.shape(f"{part.name}.weight")
+                per_scale = columns if options.group_size == -1 else options.group_size
+                bits = float(ssqr_rate(int(bits), torch.tensor(options.overflow), per_scale))
+            total += round(bits / 8 * part.weights(model))
+    return total
 
 
 @dataclass

@@ -141,14 +141,19 @@ def plan_widths(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:
 def _best_overflow(linear: Forecast, bits: int, price: float) -> PlannedLinear:
     table = linear.overflow[bits]
     overflow = table.shares.clamp(MOST_PLANNED_OVERFLOW / 100, 1.0)
-    positions = (torch.special.entr(overflow) + torch.special.entr(1 - overflow)) / math.log(2)
-    rates = bits + SCALE_BITS / linear.columns + positions + EXCESS_BITS[bits] * overflow
+    rates = ssqr_rate(bits, overflow, linear.columns)
     losses = linear.row_losses()[:, None] * (1 + table.kept)
     cost = losses + price * linear.weights * rates
     cost[overflow > MOST_PLANNED_OVERFLOW] = torch.inf
     best = int(cost.argmin())
     rate, loss, share = (float(table.flatten()[best]) for table in (rates, losses, overflow))
     return PlannedLinear(linear.name, linear.weights, rate, loss, bits, share)
+
+
+def ssqr_rate(bits: int, overflow: Tensor, columns: int) -> Tensor:
+    """Bits per weight of SSQR, everything counted, with shares of overflow and one scale for so many columns."""
+    positions = (torch.special.entr(overflow) + torch.special.entr(1 - overflow)) / math.log(2)
+    return bits + SCALE_BITS / columns + positions + EXCESS_BITS[bits] * overflow
 
 
 def plan_tiles(forecasts: list[Forecast], rate: float) -> list[PlannedLinear]:

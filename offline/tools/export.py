@@ -82,6 +82,10 @@ def exported_config(checkpoint: Checkpoint, config: CheckpointConfig) -> dict[st
         raise QuantizationError(
             f"--to {NAME}: lm_head is quantized, which its readers do not expect: leave out --lm-head"
         )
+    if config.embedding is not None:
+        raise QuantizationError(
+            f"--to {NAME}: {config.embedding} is quantized, which its readers do not expect: leave out --embedding"
+        )
     library = _library()
     linears: dict[tuple[int, int], list[str]] = {}
     for linear in sorted(check_complete(checkpoint).linears):

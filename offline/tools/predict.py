@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_babai.offline.options import QuantizeOptions
+from vllm_babai.offline.plan.budget import bytes_beside
 from vllm_babai.offline.plan.forecast import Forecast
 from vllm_babai.offline.plan.plan import (
     PlannedLinear,
@@ -17,7 +18,7 @@ from vllm_babai.offline.plan.plan import (
     plan_widths,
 )
 from vllm_babai.offline.plan.sensitivity import measured_in_passing, sensitivity_passes
-from vllm_babai.offline.prepare import prepare
+from vllm_babai.offline.prepare import Prepared, prepare
 from vllm_babai.progress import counting_progress
 
 # Measured loss over the sum of the linears' second-order losses. That estimates the KL divergence, as sensitivity is
@@ -69,14 +70,14 @@ def predict(model: str | Path, options: QuantizeOptions) -> Prediction:
         plan,
         mean_rate(plan),
         sum(p.loss for p in plan),
-        _size(streamed.checkpoint.bytes(), plan),
+        _size(prepared, plan, options),
         _curves(forecasts),
     )
 
 
-def _size(original: int, plan: list[PlannedLinear]) -> int:
-    weights = sum(linear.weights for linear in plan)
-    return round(original - 2 * weights + sum(linear.rate * linear.weights for linear in plan) / 8)
+def _size(prepared: Prepared, plan: list[PlannedLinear], options: QuantizeOptions) -> int:
+    beside = bytes_beside(prepared.model, prepared.parts, options)
+    return beside + round(sum(linear.rate * linear.weights for linear in plan) / 8)
 
 
 def _curves(forecasts: list[Forecast]) -> dict[str, list[tuple[float, float]]]:

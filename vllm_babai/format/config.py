@@ -55,6 +55,8 @@ class CheckpointConfig:
     digest: of the weight files, see `checksums.digest_of`; None in version 1. vLLM keys its compiled graphs on the
         configuration, and so tells checkpoints of other content apart.
     checksums: full name of a tensor that is stored as it was → its `checksums.tensor_checksum`; None in version 1.
+    embedding: full name of the embedding where it is quantized, which makes the logits, too, if the model ties them;
+    `overrides` has it as well. None, and then not written: it is stored as it was.
     """
 
     format: str
@@ -67,6 +69,7 @@ class CheckpointConfig:
     linears: list[str] | None = None
     digest: str | None = None
     checksums: dict[str, str] | None = field(default=None, repr=False)
+    embedding: str | None = None
 
     def is_quantized(self, name: str) -> bool:
         """Whether the linear called `name` is quantized."""
@@ -95,7 +98,10 @@ class CheckpointConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json."""
-        return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **asdict(self)}
+        fields = asdict(self)
+        if self.embedding is None:
+            del fields["embedding"]
+        return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **fields}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "CheckpointConfig":
@@ -119,6 +125,8 @@ class CheckpointConfig:
         if config.format not in FORMATS:
             raise FormatError(f"format is {config.format!r}; this version reads {tuple(FORMATS)}")
         config.check_residency()
+        if config.embedding is not None and config.embedding not in config.overrides:
+            raise FormatError(f"embedding is {config.embedding!r}, which overrides does not have")
         known = LayerScheme.__dataclass_fields__.keys()
         for name, override in config.overrides.items():
             if unknown := override.keys() - known:
@@ -193,6 +201,7 @@ CHECKS = {
     "scope": Check("a list of strings or null", lambda value: value is None or _is_names(value)),
     "linears": Check("a list of strings or null", lambda value: value is None or _is_names(value)),
     "residency": Check("a string", lambda value: isinstance(value, str)),
+    "embedding": Check("a string or null", lambda value: value is None or isinstance(value, str)),
     "digest": Check(
         "64 hexadecimal digits or null",
         lambda value: value is None or (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None),

@@ -101,6 +101,10 @@ class BabaiConfig(QuantizationConfig):
         never coded, as decoded it would be the largest tensor of all. Raises NotImplementedError for experts in a
         residency other than packed and ValueError when linears that vLLM fuses are stored differently.
         """
+        if self.checkpoint.embedding is not None:
+            raise NotImplementedError(
+                f"{self.checkpoint.embedding} is quantized, which vLLM does not serve yet: babai convert --to dense"
+            )
         if isinstance(layer, RoutedExperts):
             return self._experts(layer, prefix)
         if isinstance(layer, ParallelLMHead) and prefix in self.checkpoint.overrides:
