@@ -5,17 +5,22 @@ if __name__ == "triton_kernels":
 
 from vllm_babai.triton_kernels.coded import multiply_coded, warm_up_coded
 from vllm_babai.triton_kernels.dispatch import matmul, warm_up
+from vllm_babai.triton_kernels.experts.dispatch import multiply_experts, warm_up_experts
+from vllm_babai.triton_kernels.experts.layout import experts_layout
 from vllm_babai.triton_kernels.layout import device_layout
 from vllm_babai.triton_kernels.trellis.dispatch import multiply_trellis, warm_up_trellis
 from vllm_babai.triton_kernels.trellis.layout import trellis_layout
 
 __all__ = [
     "device_layout",
+    "experts_layout",
     "matmul",
     "multiply_coded",
+    "multiply_experts",
     "multiply_trellis",
     "trellis_layout",
     "warm_up",
     "warm_up_coded",
+    "warm_up_experts",
     "warm_up_trellis",
 ]

@@ -95,24 +95,24 @@ def fused_kernel(layer, operands, sizes, m, splits, panels, TILING: tl.constexpr
     corner = (row_block * ROWS, first_token)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     if own_panels[0] < own_panels[1]:  # first, so that the registers hold one set of sums at a time
-        total = _overflow_sum(layer, operands, sizes, m, corner, own_panels, TILING)
-    total = _dense_sum(layer, operands.x, sizes, m, corner, blocks, total, TILING)
+        total = panels_sum(layer, operands, sizes, m, corner, own_panels, TILING)
+    total = dense_sum(layer, operands.x, sizes, m, corner, blocks, total, TILING)
     if splits == 1:
         tokens = first_token + tl.arange(0, TOKENS)[None, :]
         y_ptrs = operands.y + tokens.to(tl.int64) * sizes.n + rows[:, None]
         inside = (tokens < m) & (rows < sizes.n)[:, None]
         tl.store(y_ptrs, round_to(total, operands.y.dtype.element_ty, TILING.backend), mask=inside)
     else:
-        _store_partial(operands.partials, slot, total, m - first_token, TOKENS)
+        store_partial(operands.partials, slot, total, m - first_token, TOKENS)
         tl.debug_barrier()  # all of this program's stores come before its arrival
         arrived = tl.atomic_add(layer.counters + tile, 1, sem="acq_rel")
         if arrived == splits - 1:
-            _sum_splits(operands, sizes, m, first_token, rows, tile * splits, splits, TILING)
+            sum_splits(operands, sizes, m, first_token, rows, tile * splits, splits, TILING)
             tl.store(layer.counters + tile, 0)
 
 
 @triton.jit
-def _overflow_sum(layer, operands, sizes, m, corner, panels, TILING: tl.constexpr):
+def panels_sum(layer, operands, sizes, m, corner, panels, TILING: tl.constexpr):
     """The sum over the overflow of the panels from panels[0] to before panels[1], fp32 [rows, tokens].
 
     Scaled only if a row has several scales. corner: first row and first token of the tile. Of one token all columns of
@@ -139,7 +139,7 @@ def _overflow_sum(layer, operands, sizes, m, corner, panels, TILING: tl.constexp
 
 
 @triton.jit
-def _sum_splits(operands, sizes, m, first_token, rows, first_slot, splits, TILING: tl.constexpr):
+def sum_splits(operands, sizes, m, first_token, rows, first_slot, splits, TILING: tl.constexpr):
     """Add up a tile's partial sums, several at once for the sake of latency, and write the output.
 
     rows: int32 [rows] of the tile. first_slot: of the partial sums, of which `splits` follow each other.
@@ -161,10 +161,10 @@ def _sum_splits(operands, sizes, m, first_token, rows, first_slot, splits, TILIN
 
 
 @triton.jit
-def _dense_sum(layer, x_ptr, sizes, m, corner, blocks, total, TILING: tl.constexpr):
+def dense_sum(layer, x_ptr, sizes, m, corner, blocks, total, TILING: tl.constexpr):
     """`total` and the sum over the column blocks from blocks[0] to before blocks[1], scaled, fp32 [rows, tokens].
 
-    corner: first row and first token of the tile. total: as of `_overflow_sum`.
+    corner: first row and first token of the tile. total: as of `panels_sum`.
     """
     ROWS: tl.constexpr = TILING.rows
     TOKENS: tl.constexpr = TILING.tokens
@@ -211,7 +211,7 @@ def _dense_sum(layer, x_ptr, sizes, m, corner, blocks, total, TILING: tl.constex
 
 
 @triton.jit
-def _store_partial(partials_ptr, slot, total, present, TOKENS: tl.constexpr):
+def store_partial(partials_ptr, slot, total, present, TOKENS: tl.constexpr):
     """Store sums [rows, tokens] as a partial [TOKENS, rows]; only the first `present` tokens exist."""
     tokens = tl.arange(0, total.shape[1])[None, :]
     ptrs = partials_ptr + (slot * TOKENS + tokens) * total.shape[0] + tl.arange(0, total.shape[0])[:, None]

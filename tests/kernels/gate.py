@@ -23,6 +23,7 @@ from vllm_babai.triton_kernels.coded import MAX_TOKENS, Shape, multiply_kernel
 from vllm_babai.triton_kernels.configs import Config, Target, table_for
 from vllm_babai.triton_kernels.dequantize import dense_kernel, dequantize_form, overflow_kernel
 from vllm_babai.triton_kernels.entropy import WARP, Streams, decode_kernel
+from vllm_babai.triton_kernels.experts import fused as experts_fused
 from vllm_babai.triton_kernels.fused import Operands, Tiling, fused_kernel, fused_tiling
 from vllm_babai.triton_kernels.layout import Geometry
 from vllm_babai.triton_kernels.trellis import arguments as trellis_arguments
@@ -50,6 +51,12 @@ MULTIPLY_CODED = {
     "groups": "i32",
 }
 
+EXPERTS = {
+    "layer": LAYER,
+    "operands": experts_fused.Operands("*bf16", "*bf16", "*fp32", "*bf16", "*i32", "*i32"),
+    "sizes": experts_fused.Sizes(n="i32:16", k="i32:16", padded_rows="i32:16", group_size="i32", own_rows="i32:16"),
+    **dict.fromkeys(("blocks", "splits", "panels"), "i32"),
+}
 TRELLIS = {
     "layer": trellis_arguments.Layer("*i32", "*i32", "*i32", "*i32", "*fp32"),
     "sizes": trellis_arguments.Sizes(n="i32:16", k="i32:16", blocks="i32:16", columns="i32:16"),
@@ -234,7 +241,21 @@ def gate(architecture: str) -> dict[str, dict[str, float]]:
         results[f"dequantize {bits} bits"] = measure(compiled, 0)
     compiled = compile_kernel(overflow_kernel, DEQUANTIZE, constants, architecture, 2)
     results["dequantize overflow"] = measure(compiled, 0)
+    results |= experts_gate(architecture, target)
     return results | coded_gate(architecture, backend) | trellis_gate(architecture, target)
+
+
+def experts_gate(architecture: str, target: Target) -> dict[str, dict[str, float]]:
+    """Case → measures of the kernel for experts of 1536 × 2048; bits and rows of a block."""
+    results = {}
+    for bits, tokens in [(4, 1), (4, 16), (3, 1), (3, 16), (4, 64)] if architecture == "sm_90" else [(4, 16)]:
+        geometry = Geometry(bits, 2048, 1536)
+        config = table_for(target).lookup(bits, tokens, 1536, 2048)
+        tiling = fused_tiling(geometry, config, 1, tokens, target)._replace(one_tile=False, dependent=False)
+        compiled = compile_kernel(experts_fused.experts_kernel, EXPERTS, {"TILING": tiling}, architecture, config.warps)
+        name = f"experts {bits} bits, {tokens} row{'s' if tokens > 1 else ''}"
+        results[name] = measure(compiled, config.rows * geometry.block_columns)
+    return results
 
 
 def coded_gate(architecture: str, backend: str) -> dict[str, dict[str, float]]:

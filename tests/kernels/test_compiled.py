@@ -10,11 +10,14 @@ import torch
 from emulator.compiled import Compiled
 from emulator.operations import run
 from emulator.ptx import Fault, Memory, Shape, parse
+from expert_cases import check as check_experts
+from expert_cases import random_experts
 from interpreted import check, layout_of, random_weight
 from test_hptq_decode import check_decoder, small_segments
 
 from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, matmul, transpose
 from vllm_babai.triton_kernels.configs import Target
+from vllm_babai.triton_kernels.experts import fused as experts_fused
 from vllm_babai.triton_kernels.layout import Geometry
 
 KERNELS = (
@@ -24,6 +27,7 @@ KERNELS = (
     (dequantize, "overflow_kernel"),
     (entropy, "decode_kernel"),
     (coded, "multiply_kernel"),
+    (experts_fused, "experts_kernel"),
 )
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -90,6 +94,26 @@ def test_coded(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small_segments(monkeypatch)
     check_decoder(11, 100, slice(0, 100), 1.5, 0.7, torch.rand(1, 1).bfloat16())
     check_decoder(6, 350, slice(30, 300), 5.0, 0.0, torch.rand(6, 3).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "groups", "tokens"),
+    [
+        ("sm_90", BF16, 1, 5),
+        pytest.param("sm_90", BF16, 1, 1, marks=pytest.mark.long),
+        pytest.param("sm_80", FP16, 2, 1, marks=pytest.mark.long),
+        pytest.param("sm_80", FP16, 2, 5, marks=pytest.mark.long),
+        pytest.param("sm_120", BF16, 1, 40, marks=pytest.mark.long),
+    ],
+)
+def test_experts(
+    architecture: str, dtype: torch.dtype, groups: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row a block, and blocks of sorted rows; some visits are another rank's."""
+    compile_for(architecture, monkeypatch)
+    spread = 3000 if dtype == BF16 else 40  # gate times up stays within fp16
+    mixture = random_experts(3, 256, 64, 4, groups, spreads=(6, spread))
+    check_experts(mixture, torch.randn(tokens, 256).to(dtype), elsewhere=0.2)
 
 
 def test_accesses_are_checked() -> None:

@@ -1,4 +1,4 @@
-"""Runs `interpreted.py` and `interpreted_trellis.py`, in processes of their own.
+"""Runs `interpreted.py`, `interpreted_trellis.py` and `interpreted_experts.py`, in processes of their own.
 
 Triton's interpreter has to be switched on before the kernels are defined.
 """
@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
         ("interpreted.py", "test_overflow"),
         ("interpreted.py", "not test_widths and not test_overflow"),
         ("interpreted_trellis.py", "test"),
+        ("interpreted_experts.py", "test"),
     ],
 )
 def test_kernels_in_the_interpreter(suite: str, chosen: str) -> None:

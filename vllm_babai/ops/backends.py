@@ -45,10 +45,7 @@ class Backend(Protocol):
         """Compile everything that `matmul` may use for this linear and activations of `dtype`."""
 
     def experts_layout(self, layouts: "list[DeviceLayout]") -> "DeviceLayout":
-        """The layouts of linears of one size and width, one an expert, as one.
-
-        A backend may lack this and the next two.
-        """
+        """The layouts of linears of one size and width, one an expert, as one."""
 
     def multiply_experts(
         self, x: Tensor, weights: Tensor, ids: Tensor, experts: "ExpertTensors", activate: "Activate"

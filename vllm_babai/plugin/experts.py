@@ -94,12 +94,6 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
                 f"{self.prefix}: experts with the activation {layer.activation.value}{limit} are not served yet:"
                 " convert --to dense"
             )
-        device = torch.get_default_device()
-        if not hasattr(backend(device.type), "multiply_experts"):
-            raise NotImplementedError(
-                f"{self.prefix}: experts have no kernels for {device.type} yet: serve them on a CPU, or make an"
-                " ordinary checkpoint with `babai convert OUT NEW --to dense`"
-            )
         multiple = self.readers["w2"].column_multiple
         if self.moe.tp_size > 1 and intermediate_size_per_partition % multiple:
             raise ValueError(

@@ -1,0 +1,65 @@
+"""The kernels for mixtures of experts in Triton's interpreter against the weights that the checkpoint stands for.
+
+Collected by `test_interpreter.py`; by hand: `TRITON_INTERPRET=1 pytest tests/kernels/interpreted_experts.py`.
+"""
+
+import pytest
+import torch
+from expert_cases import check, random_experts
+
+from vllm_babai.triton_kernels import multiply_experts, warm_up_experts
+from vllm_babai.triton_kernels.configs import Target
+from vllm_babai.triton_kernels.experts import layout as expert_layout
+from vllm_babai.triton_kernels.experts.route import block_rows, route
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
+
+@pytest.mark.parametrize(("bits", "tokens", "number"), [(3, 1, 4), (4, 2, 16), (4, 5, 4), (3, 40, 4)])
+def test_numbers_of_tokens(bits: int, tokens: int, number: int) -> None:
+    """One row a block, sorted blocks of 16 and 32 rows."""
+    check(random_experts(number, 64, 48, bits), torch.randn(tokens, 64).bfloat16())
+
+
+def test_panels_and_experts_of_other_ranks() -> None:
+    """Columns in two panels, entries of both widths, visits that another rank answers."""
+    mixture = random_experts(2, 2112, 16, 4, spreads=(4, 3000))
+    check(mixture, torch.randn(3, 2112).bfloat16(), elsewhere=0.3)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_groups_and_fp16(tokens: int) -> None:
+    check(random_experts(3, 128, 64, 4, groups=2), torch.randn(tokens, 128).half())
+
+
+@pytest.mark.parametrize("processors", [1, 1000])
+def test_splits(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target("interpreter", "sm_90", "interpreter", processors)
+    monkeypatch.setattr(Target, "of", lambda device: target)
+    for tokens in (1, 4):
+        check(random_experts(2, 320, 32, 4), torch.randn(tokens, 320).bfloat16())
+
+
+def test_every_visit_has_a_row_of_its_own_in_a_block_of_its_expert() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for tokens, k, experts in ((1, 1, 1), (7, 2, 3), (64, 8, 16), (300, 4, 5)):
+        ids = torch.randint(-1, experts, (tokens, k), generator=generator)
+        for rows in {1, 16, 64, block_rows(ids.numel(), tokens, experts)}:
+            routing = route(ids, experts, rows)
+            assert len(routing.places.unique()) == ids.numel()
+            assert int(routing.places.max()) < routing.rows
+            assert torch.equal(routing.owners[routing.places // rows].long(), ids.flatten())
+
+
+def test_warm_up_no_tokens_and_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, layouts = random_experts(2, 64, 32, 4).tensors()
+    warm_up_experts(experts, 64, torch.bfloat16)
+    nothing = torch.empty(0, 2)
+    assert multiply_experts(torch.empty(0, 64).half(), nothing, nothing.int(), experts, torch.relu).shape == (0, 64)
+    with pytest.raises(NotImplementedError, match="--dtype bfloat16"):
+        multiply_experts(torch.ones(1, 64), torch.ones(1, 1), torch.zeros(1, 1).int(), experts, torch.relu)
+    with pytest.raises(NotImplementedError, match="--dtype bfloat16"):
+        warm_up_experts(experts, 64, torch.float32)
+    monkeypatch.setattr(expert_layout, "MOST_WORDS", 100)
+    with pytest.raises(ValueError, match=r"2 experts take .* words .* --enable-expert-parallel"):
+        expert_layout.experts_layout(layouts)
