@@ -248,7 +248,7 @@ def gate(architecture: str) -> dict[str, dict[str, float]]:
 def experts_gate(architecture: str, target: Target) -> dict[str, dict[str, float]]:
     """Case → measures of the kernel for experts of 1536 × 2048; bits and rows of a block."""
     results = {}
-    for bits, tokens in [(4, 1), (4, 16), (3, 1), (3, 16), (4, 64)] if architecture == "sm_90" else [(4, 16)]:
+    for bits, tokens in [(3, 1), (4, 1), (4, 16), (4, 64)] if architecture == "sm_90" else [(4, 16)]:
         geometry = Geometry(bits, 2048, 1536)
         config = table_for(target).lookup(bits, tokens, 1536, 2048)
         tiling = fused_tiling(geometry, config, 1, tokens, target)._replace(one_tile=False, dependent=False)

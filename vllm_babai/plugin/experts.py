@@ -94,6 +94,7 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
                 f"{self.prefix}: experts with the activation {layer.activation.value}{limit} are not served yet:"
                 " convert --to dense"
             )
+        backend(torch.get_default_device().type)  # refuses a device without kernels
         multiple = self.readers["w2"].column_multiple
         if self.moe.tp_size > 1 and intermediate_size_per_partition % multiple:
             raise ValueError(
