@@ -32,12 +32,14 @@ CODE_UNAWARE = {"vllm_babai.offline.scales.hptq.RELATIVE_PRICE": 0.0}
 
 @dataclass(frozen=True)
 class Case:
-    """A way to quantize. options: fields of QuantizeOptions unlike the defaults. constants: of our modules."""
+    """A way to quantize. options: fields of QuantizeOptions unlike the defaults. constants: full names in our modules,
+    and what stands there meanwhile: another value of a constant, or another function.
+    """
 
     format: str
     name: str
     options: dict[str, Any] = field(default_factory=dict)
-    constants: dict[str, float] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
     sizes: tuple[float, ...] = RATES
 
 
