@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from harness import RESULTS, command_line, markdown
-from quality import Case, Row, measure_missing, take_material
+from quality import WIDTHS, Case, Row, measure_missing, take_material
 from torch import Tensor
 
 ROUTED, SENSITIVITY = "vllm_babai.offline.model.routed", "vllm_babai.offline.plan.expert_sensitivity"
-SIZES = (2.125, 3.125)
+SIZES = WIDTHS
 SAMPLES = (2, 16)  # sequences of 256 tokens: 64 and 512 a column of gate and up for all eight experts
 HEADINGS = ("bits", "tokens", "rule", "loss, nats", "KL, nats", "predicted")
 Rule = Callable[[Tensor, int, float, Tensor], tuple[Tensor, float]]  # as `solver.shrink.shrunk`
@@ -48,15 +48,15 @@ def everything(hessian: Tensor, tokens: int, fourth: float, other: Tensor) -> tu
 def with_rule(name: str, rule: Rule) -> Case:
     """A rule in the place of ours, for experts of however many tokens."""
     changed: dict[str, Any] = {f"{ROUTED}.shrunk": rule, f"{ROUTED}.ENOUGH": math.inf}
-    return Case("hptq", name, constants=changed)
+    return Case("ssqr", name, constants=changed, sizes=WIDTHS)
 
 
 def with_constant(module: str, name: str, value: float) -> Case:
     """Ours, with another value of a constant."""
-    return Case("hptq", f"{name} = {value:g}", constants={f"{module}.{name}": value})
+    return Case("ssqr", f"{name} = {value:g}", constants={f"{module}.{name}": value}, sizes=WIDTHS)
 
 
-OURS = Case("hptq", "mixed by its spread (ours)")
+OURS = Case("ssqr", "mixed by its spread (ours)", sizes=WIDTHS)
 RULES = [
     with_rule("own tokens alone", own),
     with_rule("fixed mixture", fixed),

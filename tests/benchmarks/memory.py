@@ -1,10 +1,10 @@
 """Peak memory of quantization against one decoder block and the calibration activations.
 
-    python tests/benchmarks/memory.py [--hidden 512] [--blocks 24] [--samples 32] [--sequence-length 512]
+    python tests/benchmarks/memory.py [--hidden 512] [--blocks 24] [--experts 64] [--samples 32] [--sequence-length 512]
 
-A Llama with random weights is made on the spot. In each round a process of its own quantizes a tiny model first, so
-that imports, compiled code and thread pools are there before the measurement, and then this one; the rise of its peak
-is the figure.
+A Llama with random weights is made on the spot, or a Qwen3-MoE whose tokens go to two of `--experts` each. In each
+round a process of its own quantizes a tiny model first, so that imports, compiled code and thread pools are there
+before the measurement, and then this one; the rise of its peak is the figure.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import DEMO, alternate, command_line, report, table
@@ -28,6 +29,7 @@ def main() -> None:
     parser = command_line(__doc__, rounds=1)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--experts", type=int, default=0, help="in every block, each of as many features as --hidden")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # in the other process: folder with models
@@ -37,8 +39,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_model(folder / "tiny", hidden=64, blocks=1)
-        block, model = save_model(folder / "model", options.hidden, options.blocks)
+        save_model(folder / "tiny", hidden=64, blocks=1, experts=min(options.experts, 2))
+        block, model = save_model(folder / "model", options.hidden, options.blocks, options.experts)
         write_text(folder / "text.txt", options.samples * options.sequence_length)
         peaks = alternate({"peak": lambda: measured_rise(folder)}, options.rounds)["peak"]
     activations = 4 * options.samples * options.sequence_length * options.hidden
@@ -64,18 +66,24 @@ def measured_rise(folder: Path) -> int:
     return int(output.split()[-1])
 
 
-def save_model(folder: Path, hidden: int, blocks: int) -> tuple[int, int]:
-    """Save a random Llama; bytes of a block and of all weights in float32, in which they are computed with."""
-    from transformers import AutoModelForCausalLM, LlamaConfig  # takes seconds; --help needs none
+def save_model(folder: Path, hidden: int, blocks: int, experts: int = 0) -> tuple[int, int]:
+    """Save a random Llama, or a Qwen3-MoE; bytes of a block and of all weights in float32, in which they are computed
+    with.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig  # takes seconds; --help needs none
 
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64,
-        max_position_embeddings=2048,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 4096,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 11 // 4,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+    }
+    routing = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": hidden}
+    config = Qwen3MoeConfig(**sizes, **routing) if experts else LlamaConfig(**sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     for file in TOKENIZER_FILES:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FORMS = ("ssqr", "trellis", "hptq")
 SIZES = (3.1, 2.1, 4.1, 2.6, 3.6)  # bits of the linears, the most telling first
-GPTQ, GPTQ_BITS, GPTQ_GROUP = "gptq", (3, 4), 64  # 64: SmolLM2's 576 features are no multiple of 128
+GPTQ, GPTQ_BITS, GPTQ_GROUP = "gptq", [3, 4], 64  # 64: SmolLM2's 576 features are no multiple of 128
 NAMES = {"ssqr": "SSQR", "trellis": "Trellis", "hptq": "HPTQ", GPTQ: f"GPTQ, llm-compressor, group {GPTQ_GROUP}"}
 REDUCED = {"sizes": SIZES[:1], "samples": 8, "windows": 8}
 CODE = "Python"
@@ -255,6 +255,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="to evaluate on")
     parser.add_argument("--model", type=Path, help="instead of SmolLM2")
     parser.add_argument("--gptq", type=Path, metavar="PYTHON", help="run GPTQ too, by this Python; see peers/gptq.py")
+    parser.add_argument("--gptq-bits", type=int, nargs="+", default=GPTQ_BITS, help="without the scales")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="bits per quantized weight")
     parser.add_argument("--samples", type=int, default=16)
@@ -280,7 +281,7 @@ def main() -> None:
     study = Study(material, {options.text.stem: options.text, CODE: code}, options.work, options.gptq)
     check_work(study)
     wanted = [(form, size) for size in options.sizes for form in options.forms]
-    wanted += [(GPTQ, bits) for bits in GPTQ_BITS if options.gptq]
+    wanted += [(GPTQ, bits) for bits in options.gptq_bits if options.gptq]
     rows = measure_missing(study, wanted, options.out / "real.json")
     (options.out / "real.md").write_text(table_of(rows))
     plot(rows, model.name, options.out / "real.png")

@@ -10,7 +10,7 @@ import transformers
 from mixtures import MORE, SOME, config_of
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm_models import load_as_rank, one_process
+from vllm_models import load_as_rank, load_as_stage, one_process
 
 from vllm_babai.offline import QuantizeOptions, quantize
 from vllm_babai.offline.model.experts import count_experts, find_experts
@@ -72,6 +72,7 @@ def test_ranks_add_up_to_the_dense_twin(
         outputs(routed_layers(load_as_rank(out)), routing),
         summed(out, routing, expert_parallel=False),
         summed(out, routing, expert_parallel=True),
+        [layer for stage in range(2) for layer in outputs(routed_layers(load_as_stage(out, stage, 2)), routing)],
     ):
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
 

@@ -4,7 +4,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -55,8 +54,22 @@ def load_as_rank(folder: Path, rank: int = 0, ranks: int = 1, *, expert_parallel
     config = config_of(folder)
     config.parallel_config.enable_expert_parallel = expert_parallel
     config.parallel_config.tensor_parallel_size = ranks
-    group: Any = parallel_state.get_tp_group()
-    as_rank = mock.Mock(wraps=group, rank_in_group=rank, world_size=ranks)
+    as_rank = mock.Mock(wraps=parallel_state.get_tp_group(), rank_in_group=rank, world_size=ranks)
+    with mock.patch.object(parallel_state, "_TP", as_rank):
+        return _load(config)
+
+
+def load_as_stage(folder: Path, stage: int, stages: int) -> torch.nn.Module:
+    """What one of several stages loads of a checkpoint: some of the blocks (pipeline parallel)."""
+    config = config_of(folder)
+    config.parallel_config.pipeline_parallel_size = stages
+    ends = {"is_first_rank": stage == 0, "is_last_rank": stage == stages - 1}
+    as_stage = mock.Mock(wraps=parallel_state.get_pp_group(), rank_in_group=stage, world_size=stages, **ends)
+    with mock.patch.object(parallel_state, "_PP", as_stage):
+        return _load(config)
+
+
+def _load(config: VllmConfig) -> torch.nn.Module:
     without_device = mock.patch.object(torch.accelerator, "empty_cache")  # vLLM's own workers never call it on a CPU
-    with set_current_vllm_config(config), mock.patch.object(parallel_state, "_TP", as_rank), without_device:
+    with set_current_vllm_config(config), without_device:
         return get_model(vllm_config=config)

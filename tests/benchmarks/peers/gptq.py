@@ -3,14 +3,29 @@
 For `real_models.py --gptq PYTHON`, PYTHON being the interpreter of an environment with llmcompressor (0.14 was used).
 Settings are the best documented ones: activation order, and scales from an observer of the mean square error. TOKENS is
 a JSON file, a list of sequences. OUT gets dense weights in float32, and in peer.json what they would take as stored.
+Of mixtures of experts llm-compressor sends all tokens through all experts, as it does by default.
 """
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 SCALE_BITS = 16
+EXPERT = re.compile(r"(.*experts)\.(\d+)\.(gate|up|down)_proj")
+
+
+def weight_of(state: dict[str, Any], linear: str) -> Any:
+    """The weight of a linear in transformers' state dict, a view where it is one of an expert's."""
+    found = EXPERT.fullmatch(linear)
+    if found is None:
+        return state[f"{linear}.weight"]
+    experts, number, role = found.groups()
+    if role == "down":
+        return state[f"{experts}.down_proj"][int(number)]
+    return state[f"{experts}.gate_up_proj"][int(number)].chunk(2)[role == "up"]
 
 
 def main() -> None:
@@ -54,7 +69,7 @@ def main() -> None:
                 continue
             how = (module.weight_scale, getattr(module, "weight_zero_point", None))
             indices = getattr(module, "weight_g_idx", None)
-            state[f"{name}.weight"].copy_(
+            weight_of(state, name).copy_(
                 fake_quantize(module.weight, *how, module.quantization_scheme.weights, indices)
             )
             count += module.weight.numel()
