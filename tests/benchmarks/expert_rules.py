@@ -34,10 +34,12 @@ def fixed(hessian: Tensor, tokens: int, fourth: float, other: Tensor) -> tuple[T
 
 
 def rounded(hessian: Tensor, tokens: int, fourth: float, other: Tensor) -> tuple[Tensor, float]:
-    """Below one token for each column, the weights are rounded to the nearest: that is what the identity does."""
+    """Below one token for each column, the weights are rounded to the nearest: that is what the identity does. So large
+    a one leaves nothing of the drift's correction.
+    """
     if tokens >= len(hessian):
         return hessian, 0.0
-    return torch.eye(len(hessian), device=hessian.device) * hessian.diagonal().mean(), 1.0
+    return torch.eye(len(hessian), device=hessian.device) * hessian.trace(), 1.0
 
 
 def everything(hessian: Tensor, tokens: int, fourth: float, other: Tensor) -> tuple[Tensor, float]:
