@@ -86,6 +86,11 @@ def test_truncated_blobs_are_refused(length: int) -> None:
         read_trellis(Trellis.encode(sample(40, 96)[0]).trellis[:length])
 
 
+def test_a_blob_of_two_dimensions_is_refused() -> None:
+    with pytest.raises(FormatError, match="trellis blob is truncated or is not one"):
+        read_trellis(Trellis.encode(sample(40, 96)[0]).trellis.reshape(-1, 1))
+
+
 def test_the_part_that_is_corrupt_is_named() -> None:
     blob = Trellis.encode(sample(600, 96)[0]).trellis
     blob[-1] ^= 1

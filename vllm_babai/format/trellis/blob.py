@@ -122,7 +122,7 @@ def read_trellis(blob: Tensor, shape: tuple[int, int] | None = None, linear: str
     the sizes that the header claims are held against the blob's own.
     """
     raw = blob.contiguous().numpy()
-    if len(raw) < HEADER.size or raw[:4].tobytes() != MAGIC:
+    if raw.ndim != 1 or len(raw) < HEADER.size or raw[:4].tobytes() != MAGIC:
         raise FormatError("trellis blob is truncated or is not one")
     magic, version, rows, columns, base, name, crc = HEADER.unpack_from(raw.data)
     if version != VERSION:
