@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +70,21 @@ PROMPTS = (
 
 @dataclass
 class Served:
-    """What the soak saw. answers: kind of request → seconds of each. faults: what must not happen, in words.
-    samples: (seconds since the start, resident bytes, file handles) of the server and its children. ending: seconds
-    from SIGTERM to its end; None where it still ran after STOP_SECONDS.
+    """What the soak saw. answers: kind of request → of each when it was answered, as `samples` count, and how long that
+    took. faults: what must not happen, in words. samples: (seconds since the start, resident bytes, file handles) of
+    the server and its children. ending: seconds from SIGTERM to its end; None where it still ran after STOP_SECONDS.
     """
 
-    answers: dict[str, list[float]] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    answers: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     samples: list[tuple[float, int, int]] = field(default_factory=list)
     checked: int = 0
     ending: float | None = None
+
+    def now(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
 
 
 @dataclass(frozen=True)
@@ -108,13 +113,14 @@ class Clients:
         dice = random.Random(seed)
         while not stop.is_set():
             kind = dice.choice(self.kinds)
-            started = time.monotonic()
+            asked = self.served.now()
             try:
                 await kind(dice)
             except Exception as error:
                 if not stop.is_set():
                     self.served.faults.append(f"{kind.__name__}: {type(error).__name__}: {error}")
-            self.served.answers.setdefault(kind.__name__, []).append(time.monotonic() - started)
+            answered = self.served.now()
+            self.served.answers.setdefault(kind.__name__, []).append((answered, answered - asked))
 
     async def probe(self, dice: random.Random) -> None:
         """A greedy completion, compared with the dense twin's."""
@@ -237,21 +243,20 @@ async def running_server(model: Path, drain: int) -> Any:
 
 async def watch(pid: int, served: Served, stop: asyncio.Event) -> None:
     """Note memory and file handles of a process and its children until told to stop."""
-    started = time.monotonic()
     while not stop.is_set():
         memory = handles = 0
         for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
                 memory, handles = memory + process.memory_info().rss, handles + process.num_fds()
-        served.samples.append((time.monotonic() - started, memory, handles))
+        served.samples.append((served.now(), memory, handles))
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), SAMPLE_SECONDS)
 
 
 async def soak(model: Path, probes: list[Probe], clients: int, seconds: float, drain: int) -> Served:
     """Serve the model to so many clients for so long, then end it while they still ask."""
-    served = Served()
     async with running_server(model, drain) as (process, port):
+        served = Served()
         stop_watch, stop_clients = asyncio.Event(), asyncio.Event()
         asking = Clients(port, probes, served)
         tasks = [asyncio.create_task(asking.loop(seed, stop_clients)) for seed in range(clients)]
@@ -295,14 +300,38 @@ def compare_endings(models: dict[str, Path], probes: list[Probe], clients: int, 
     report(found, [shown], json_file)
 
 
-def draw(served: Served, path: Path) -> None:
-    """Memory and file handles over time."""
-    figure, (memory, handles) = panels(2)
-    minutes, resident, open_files = zip(*((t / 60, m / 2**20, h) for t, m, h in served.samples), strict=True)
-    memory.plot(minutes, resident)
-    memory.set(xlabel="minutes", ylabel="resident memory of the server, MiB")
-    handles.plot(minutes, open_files)
-    handles.set(xlabel="minutes", ylabel="open file handles")
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """How many there are, their median and the value that 99% do not exceed."""
+    ordered = sorted(seconds)
+    late = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    return {"requests": len(ordered), "median": ordered[len(ordered) // 2], "99%": late}
+
+
+def by_minute(served: Served) -> list[dict[str, float]]:
+    """Of every whole minute, and of what is left at the end: requests, their seconds, the most memory and handles."""
+    found = []
+    for minute in range(int(served.samples[-1][0] / 60) + 1):
+        answered = [s for answers in served.answers.values() for at, s in answers if int(at / 60) == minute]
+        inside = [(memory, handles) for at, memory, handles in served.samples if int(at / 60) == minute]
+        if answered and inside:
+            memory, handles = (max(values) for values in zip(*inside, strict=True))
+            found.append({"minute": minute, **quantiles(answered), "mib": memory / 2**20, "handles": handles})
+    return found
+
+
+def draw(minutes: list[dict[str, float]], path: Path) -> None:
+    """Memory, file handles and latency over time."""
+    figure, (memory, handles, latency) = panels(3)
+    for panel, names, label in (
+        (memory, ("mib",), "resident memory of the server, MiB"),
+        (handles, ("handles",), "open file handles"),
+        (latency, ("median", "99%"), "seconds of a request"),
+    ):
+        for name in names:
+            panel.plot([one["minute"] for one in minutes], [one[name] for one in minutes], label=name)
+        most = max(one[name] for one in minutes for name in names)
+        panel.set(xlabel="minutes", ylabel=label, ylim=(0, 1.1 * most))
+    latency.legend()
     save_plot(figure, path)
 
 
@@ -310,7 +339,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--plot", type=Path, help="PNG of memory and file handles over time")
+    parser.add_argument("--plot", type=Path, help="PNG of memory, file handles and latency over time")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--endings", action="store_true", help="only compare how long servers take to end")
     options = parser.parse_args()
@@ -321,18 +350,19 @@ def main() -> None:
         model = models["quantized"]
         served = asyncio.run(soak(model, probes, options.clients, 60 * options.minutes, DRAIN_SECONDS))
     drawn = table(f"{options.clients} clients, {options.minutes:g} minutes", ("request", "sent", "median s", "99% s"))
-    for kind, seconds in sorted(served.answers.items()):
-        ordered = sorted(seconds)
-        late = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-        drawn.add_row(kind, str(len(ordered)), f"{ordered[len(ordered) // 2]:.2f}", f"{late:.2f}")
+    kinds = {kind: quantiles([seconds for _, seconds in answers]) for kind, answers in sorted(served.answers.items())}
+    for kind, found in kinds.items():
+        drawn.add_row(kind, str(found["requests"]), f"{found['median']:.2f}", f"{found['99%']:.2f}")
     settled = served.samples[len(served.samples) // 5 :]  # after the caches have filled
     growth = table("server", ("", "a fifth in", "end"))
     growth.add_row("memory, MiB", f"{settled[0][1] / 2**20:.0f}", f"{settled[-1][1] / 2**20:.0f}")
     growth.add_row("file handles", str(settled[0][2]), str(settled[-1][2]))
-    report(asdict(served), [drawn, growth], options.json)
+    minutes = by_minute(served)
+    ended = {"checked": served.checked, "faults": served.faults, "ending": served.ending}
+    report({"kinds": kinds, "minutes": minutes, **ended}, [drawn, growth], options.json)
     print(f"{served.checked} greedy answers compared with the dense twin ({len(probes)} prompts)")
     if options.plot:
-        draw(served, options.plot)
+        draw(minutes, options.plot)
     for fault in served.faults[:20]:
         print(f"fault: {fault}")
     print(f"{len(served.faults)} faults")
