@@ -2,7 +2,8 @@
 
 Quantizes a model at several sizes with each ingredient alone and with all of them, evaluates the results against the
 original, and writes `quality.json`, `quality.md` and `quality.png` to the folder. What is in `quality.json` already is
-not measured again, so an interrupted study goes on. Without other options: the demonstration's model and texts.
+not measured again, so an interrupted study goes on; a folder with rows of another model or text is refused. Without
+other options: the demonstration's model and texts.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from zlib import crc32
 
 from harness import DEMO, RESULTS, command_line, markdown, panels, save_plot
 from reference import peers
@@ -185,6 +187,19 @@ def take_material(parser: argparse.ArgumentParser, samples: int, windows: int) -
     parser.add_argument("--out", type=Path, default=RESULTS)
 
 
+def hold_to(material: Material, path: Path) -> None:
+    """Note beside a file of rows what they are measured with, or exit where that was something else."""
+    noted = path.with_suffix(".material.json")
+    own = asdict(material)
+    for name in ("model", "calibration", "evaluation"):
+        files = sorted(own[name].glob("*.safetensors")) if name == "model" else [own[name]]
+        own[name] = [crc32(file.read_bytes()) for file in files]
+    if not noted.exists():
+        noted.write_text(json.dumps(own, indent=1) + "\n")
+    elif others := [name for name, value in json.loads(noted.read_text()).items() if own[name] != value]:
+        raise SystemExit(f"{path} holds rows of another {', '.join(others)}: choose another --out")
+
+
 def measure_missing(wanted: Iterable[tuple[Case, float]], options: argparse.Namespace, path: Path) -> list[Row]:
     """Rows of a file, with those added that it did not have, each written as soon as it is measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,6 +215,7 @@ def measure_missing(wanted: Iterable[tuple[Case, float]], options: argparse.Name
             options.windows,
             options.length,
         )
+        hold_to(material, path)
         for case, size in wanted:
             if (case.format, case.name, size) not in done:
                 rows.append(measure(case, size, material))
