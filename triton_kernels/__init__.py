@@ -8,12 +8,14 @@ from vllm_babai.triton_kernels.dispatch import matmul, warm_up
 from vllm_babai.triton_kernels.experts.dispatch import multiply_experts, warm_up_experts
 from vllm_babai.triton_kernels.experts.layout import experts_layout
 from vllm_babai.triton_kernels.layout import device_layout
+from vllm_babai.triton_kernels.lookup import look_up
 from vllm_babai.triton_kernels.trellis.dispatch import multiply_trellis, warm_up_trellis
 from vllm_babai.triton_kernels.trellis.layout import trellis_layout
 
 __all__ = [
     "device_layout",
     "experts_layout",
+    "look_up",
     "matmul",
     "multiply_coded",
     "multiply_experts",

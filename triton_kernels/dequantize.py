@@ -49,7 +49,6 @@ def dense_kernel(layer, weight_ptr, first_tile, sizes, FORM: tl.constexpr):
     WORDS: tl.constexpr = FORM.words
     ROWS: tl.constexpr = UNITS.value.tile_rows
     PAIRS: tl.constexpr = UNITS.value.pairs
-    COLUMNS: tl.constexpr = UNITS.value.slot
     TILE_WORDS: tl.constexpr = ROWS * PAIRS
     BLOCK_COLUMNS: tl.constexpr = FORM.block_columns
     tile_rows = tl.arange(0, ROWS)
@@ -59,7 +58,18 @@ def dense_kernel(layer, weight_ptr, first_tile, sizes, FORM: tl.constexpr):
     tile = row_tile * tl.cdiv(sizes.k, BLOCK_COLUMNS) + block
     word_ptrs = layer.dense + tile * (WORDS * TILE_WORDS) + tile_rows[:, None] * PAIRS + tl.arange(0, PAIRS)[None, :]
     words = load_words(word_ptrs, WORDS, TILE_WORDS)
-    row_ptrs = weight_ptr + (tl.program_id(1) * ROWS + tile_rows).to(tl.int64)[:, None] * sizes.k
+    row_ptrs = weight_ptr + (tl.program_id(1) * ROWS + tile_rows).to(tl.int64) * sizes.k
+    write_block(layer, words, row_ptrs, rows, rows < sizes.n, block, sizes, FORM)
+
+
+@triton.jit
+def write_block(layer, words, row_ptrs, rows, inside, block, sizes, FORM: tl.constexpr):
+    """Dequantize one column block of the layer's `rows` and store those that are `inside`, each at its pointer.
+
+    words: of the rows, as `load_words` gives them.
+    """
+    COLUMNS: tl.constexpr = UNITS.value.slot
+    BLOCK_COLUMNS: tl.constexpr = FORM.block_columns
     for slot in tl.static_range(BLOCK_COLUMNS // COLUMNS):
         column = block * BLOCK_COLUMNS + slot * COLUMNS
         # padding has no group of its own
@@ -67,33 +77,42 @@ def dense_kernel(layer, weight_ptr, first_tile, sizes, FORM: tl.constexpr):
         scale = tl.load(layer.scales + group * sizes.padded_rows + rows).to(tl.float32)
         value = unpack_slot(words, slot, FORM.bits, tl.bfloat16, FORM.backend).to(tl.float32) * scale[:, None]
         columns = column + tl.arange(0, COLUMNS)[None, :]
-        value = round_to(value, weight_ptr.dtype.element_ty, FORM.backend)
-        tl.store(row_ptrs + columns, value, mask=(rows[:, None] < sizes.n) & (columns < sizes.k))
+        value = round_to(value, row_ptrs.dtype.element_ty, FORM.backend)
+        tl.store(row_ptrs[:, None] + columns, value, mask=inside[:, None] & (columns < sizes.k))
 
 
 @triton.jit(do_not_specialize=["first_tile"])
 def overflow_kernel(layer, weight_ptr, first_tile, sizes, FORM: tl.constexpr):
-    """Write the overflowing weights of one panel of a row tile; a row belongs to one thread, entry after entry.
+    """Write the overflowing weights of one panel of a row tile.
 
-    An entry says by its sign at which end of the dense range the weight lies; further entries of the column add to it.
     Arguments as of `dense_kernel`. Grid: [row tiles, panels].
     """
     ROWS: tl.constexpr = UNITS.value.tile_rows
     panel = tl.program_id(1)
     tile_rows = tl.arange(0, ROWS)
     rows = (first_tile + tl.program_id(0)) * ROWS + tile_rows
-    index = tl.load(layer.starts + panel * sizes.padded_rows + rows)
-    end = tl.load(layer.starts + panel * sizes.padded_rows + rows + 1)
     row_ptrs = weight_ptr + (tl.program_id(0) * ROWS + tile_rows).to(tl.int64) * sizes.k
-    previous = tl.full((ROWS,), -1, tl.int32)
-    total = tl.zeros((ROWS,), tl.int32)
+    end = tl.load(layer.starts + panel * sizes.padded_rows + rows + 1)
+    write_entries(layer, row_ptrs, rows, end, panel, sizes, FORM)
+
+
+@triton.jit
+def write_entries(layer, row_ptrs, rows, end, panel, sizes, FORM: tl.constexpr):
+    """Write the overflowing weights of one panel of the layer's `rows`, each at its pointer, before the entry `end`.
+
+    A row belongs to one thread, entry after entry. An entry says by its sign at which end of the dense range the weight
+    lies; further entries of the column add to it.
+    """
+    index = tl.load(layer.starts + panel * sizes.padded_rows + rows)
+    previous = tl.full(rows.shape, -1, tl.int32)
+    total = tl.zeros(rows.shape, tl.int32)
     for _ in range(tl.max(end - index, 0)):
         inside = index < end
         excess, column = load_entry(layer.entries, index, inside, panel)
         total = tl.where(column == previous, total, tl.where(excess > 0, FORM.high, FORM.low)) + excess
         group = column // sizes.group_size if FORM.grouped else 0
         scale = tl.load(layer.scales + group * sizes.padded_rows + rows, mask=inside, other=0.0).to(tl.float32)
-        value = round_to(total.to(tl.float32) * scale, weight_ptr.dtype.element_ty, FORM.backend)
+        value = round_to(total.to(tl.float32) * scale, row_ptrs.dtype.element_ty, FORM.backend)
         tl.store(row_ptrs + column, value, mask=inside)
         previous = column
         index += 1

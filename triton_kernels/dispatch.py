@@ -22,11 +22,12 @@ def matmul(
     """
     layout = DeviceLayout(dense, scales, entries, offsets)
     geometry = geometry_of(bits, x.shape[-1], out_features)
-    _check_sizes(layout, geometry)
+    check_sizes(layout, geometry)
     return _multiply(aligned(x), layout, geometry).view(*x.shape[:-1], out_features)
 
 
-def _check_sizes(layout: DeviceLayout, geometry: Geometry) -> None:
+def check_sizes(layout: DeviceLayout, geometry: Geometry) -> None:
+    """Raise ValueError when a layout is not of this geometry."""
     dense, scales, offsets = geometry.shapes
     if (layout.dense.shape, layout.scales.shape[1:], layout.offsets.shape) == (dense, scales, offsets):
         return

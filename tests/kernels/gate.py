@@ -26,6 +26,7 @@ from vllm_babai.triton_kernels.entropy import WARP, Streams, decode_kernel
 from vllm_babai.triton_kernels.experts import fused as experts_fused
 from vllm_babai.triton_kernels.fused import Operands, Tiling, fused_kernel, fused_tiling
 from vllm_babai.triton_kernels.layout import Geometry
+from vllm_babai.triton_kernels.lookup import dense_rows_kernel, overflow_rows_kernel
 from vllm_babai.triton_kernels.trellis import arguments as trellis_arguments
 from vllm_babai.triton_kernels.trellis import dequantize as trellis_dequantize
 from vllm_babai.triton_kernels.trellis import fused as trellis_fused
@@ -43,6 +44,7 @@ SIZES = Sizes(n="i32:16", k="i32:16", padded_rows="i32:16", group_size="i32")
 STREAMS = Streams("*i16", "*i32", "*i32", "*i16", "*u8", "*i32", "*fp32")
 FUSED = {"layer": LAYER, "sizes": SIZES, **dict.fromkeys(("m", "splits", "panels"), "i32")}
 DEQUANTIZE = {"layer": LAYER, "weight_ptr": "*bf16", "first_tile": "i32", "sizes": SIZES}
+LOOK_UP = {"layer": LAYER, "ids_ptr": "*i64", "out_ptr": "*bf16", "tokens": "i32", "sizes": SIZES}
 DECODE = {"streams": STREAMS, "out_ptr": "*bf16", "columns": "i32:16", "groups": "i32"}
 MULTIPLY_CODED = {
     "streams": STREAMS,
@@ -242,6 +244,8 @@ def gate(architecture: str) -> dict[str, dict[str, float]]:
     compiled = compile_kernel(overflow_kernel, DEQUANTIZE, constants, architecture, 2)
     results["dequantize overflow"] = measure(compiled, 0)
     results |= experts_gate(architecture, target)
+    for name, kernel in {"look up": dense_rows_kernel, "look up overflow": overflow_rows_kernel}.items():
+        results[name] = measure(compile_kernel(kernel, LOOK_UP, constants, architecture, 1), 0)
     return results | coded_gate(architecture, backend) | trellis_gate(architecture, target)
 
 

@@ -18,7 +18,7 @@ from vllm_babai.format.entropy.segments import cut_segments
 from vllm_babai.ops.coded import coded_tensors
 from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels import dequantize as dequantization
-from vllm_babai.triton_kernels import device_layout, dispatch, matmul, multiply_coded, warm_up
+from vllm_babai.triton_kernels import device_layout, dispatch, look_up, matmul, multiply_coded, warm_up
 from vllm_babai.triton_kernels.configs import BUCKETS, Target
 from vllm_babai.triton_kernels.dequantize import dequantize
 from vllm_babai.triton_kernels.layout import Geometry
@@ -131,6 +131,17 @@ def test_dequantized_weight_is_exact(bits: int, dtype: torch.dtype) -> None:
         geometry = Geometry(bits, columns, 100)
         dense = dequantize(layout_of(weight, bits), geometry, dtype, "interpreter")
         assert torch.equal(dense, weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+def test_rows_that_are_looked_up_are_exact(bits: int) -> None:
+    for groups, columns in ((1, 2100), (9, 288)):
+        weight = random_weight(bits, 150, columns, groups, overflow=0.05, spread=40)
+        weight.integers[3, 5] = 2**15 - 1
+        ids = torch.tensor([[3, 149, 0], [3, 64, 130]])
+        for dtype in (torch.bfloat16, torch.float32):
+            found = look_up(ids, layout_of(weight, bits), bits, (150, columns), dtype)
+            assert torch.equal(found, weight.dequantize(dtype)[ids])
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

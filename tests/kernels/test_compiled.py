@@ -15,7 +15,7 @@ from expert_cases import random_experts
 from interpreted import check, layout_of, random_weight
 from test_hptq_decode import check_decoder, small_segments
 
-from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, matmul, transpose
+from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, lookup, matmul, transpose
 from vllm_babai.triton_kernels.configs import Target
 from vllm_babai.triton_kernels.experts import fused as experts_fused
 from vllm_babai.triton_kernels.layout import Geometry
@@ -25,6 +25,8 @@ KERNELS = (
     (transpose, "transpose_kernel"),
     (dequantize, "dense_kernel"),
     (dequantize, "overflow_kernel"),
+    (lookup, "dense_rows_kernel"),
+    (lookup, "overflow_rows_kernel"),
     (entropy, "decode_kernel"),
     (coded, "multiply_kernel"),
     (experts_fused, "experts_kernel"),
@@ -86,6 +88,15 @@ def test_dequantized_weight_is_exact(
     weight = random_weight(bits, 70, 288, groups, overflow=0.05, spread=40)
     dense = dequantize.dequantize(layout_of(weight, bits), Geometry(bits, 288, 70), dtype, target.backend)
     assert torch.equal(dense, weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize(("bits", "groups"), [(2, 1), (3, 9), (4, 1), (5, 9), (8, 1)])
+def test_rows_that_are_looked_up_are_exact(bits: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_for("sm_90", monkeypatch)
+    weight = random_weight(bits, 70, 288, groups, overflow=0.05, spread=40)
+    ids = torch.randint(70, (3, 7))
+    found = lookup.look_up(ids, layout_of(weight, bits), bits, (70, 288), torch.bfloat16)
+    assert torch.equal(found, weight.dequantize(torch.bfloat16)[ids])
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, overflow, transpose, unpack
+from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, lookup, overflow, transpose, unpack
 from vllm_babai.triton_kernels.configs import BUCKETS, Config, Target
 from vllm_babai.triton_kernels.experts import fused as experts_fused
 from vllm_babai.triton_kernels.layout import Geometry
@@ -21,7 +21,7 @@ from vllm_babai.triton_kernels.trellis import fused as trellis_fused
 from vllm_babai.triton_kernels.trellis.arguments import arguments as trellis_arguments
 from vllm_babai.triton_kernels.tuning.bench import random_layout
 
-MODULES = (coded, dequantize, entropy, fused, overflow, transpose, unpack)
+MODULES = (coded, dequantize, entropy, fused, lookup, overflow, transpose, unpack)
 MODULES += (decode, trellis_dequantize, trellis_fused, prepare, experts_fused)
 FUNCTIONS = {
     f"{module.__name__.removeprefix('vllm_babai.triton_kernels.')}.{name}": function

@@ -118,11 +118,13 @@ class Server:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    """The bundled model, every linear rounded to nearest on a lattice with about 1% overflow, in both forms."""
+    """The bundled model in both forms: every linear, and the embedding that is its head, too, rounded to nearest on a
+    lattice with about 1% overflow.
+    """
     quantized: dict[str, torch.Tensor] = {}
     dense: dict[str, torch.Tensor] = {}
     for name, weight in load_file(MODEL / "model.safetensors").items():
-        if not name.endswith("_proj.weight"):
+        if not name.endswith(("_proj.weight", "embed_tokens.weight")):
             quantized[name] = dense[name] = weight
             continue
         scales = (weight.float().abs().quantile(0.99, dim=1, keepdim=True) / 7.5).bfloat16()
@@ -132,7 +134,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         dense[name] = lattice.dequantize()
     folder = tmp_path_factory.mktemp("checkpoints")
     config = json.loads((MODEL / "config.json").read_text())
-    config["quantization_config"] = CheckpointConfig("ssqr", BITS).to_dict()
+    config["quantization_config"] = CheckpointConfig(
+        "ssqr", BITS, overrides={"model.embed_tokens": {}}, embedding="model.embed_tokens"
+    ).to_dict()
     for name, tensors in (("quantized", quantized), ("dense", dense)):
         shutil.copytree(MODEL, folder / name)
         save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})

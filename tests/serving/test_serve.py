@@ -49,11 +49,12 @@ def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["babai"]
 
 
-def test_the_compiled_graph_calls_the_op(servers: list[Any]) -> None:
+def test_the_compiled_graph_calls_the_ops(servers: list[Any]) -> None:
     saved = re.search(r"saved AOT compiled function to (\S+/torch_aot_compile/\w+)", servers[0].log.read_text())
     assert saved, "the model was not compiled"
     generated = "".join(path.read_text() for path in Path(saved[1]).rglob("*.py"))
     assert "torch.ops.babai.matmul" in generated
+    assert "torch.ops.babai.lookup" in generated
 
 
 def test_completion(client: openai.OpenAI) -> None:

@@ -71,6 +71,23 @@ def test_matches_float64(bits: int, group_size: int, tokens: int) -> None:
     assert_close_to_exact(multiply(x, weight, bits), x, weight)
 
 
+@pytest.mark.parametrize(("rows", "columns", "group_size"), [(200, 300, -1), (70, 288, 32), (1, 17, -1)])
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_that_are_looked_up_are_exact(bits: int, rows: int, columns: int, group_size: int) -> None:
+    torch.manual_seed(bits)
+    weight = random_weight(rows, columns, bits, group_size)
+    layout = layout_of(weight, bits)
+    for shape in ((7,), (2, 3), (0,)):
+        ids = torch.randint(rows, shape)
+        for dtype in (torch.float32, torch.bfloat16):
+            found = torch.ops.babai.lookup(ids, *layout, bits, rows, columns, dtype)
+            assert torch.equal(found, weight.dequantize(dtype)[ids])
+    with pytest.raises(IndexError, match=f"the embedding has {rows} rows"):
+        torch.ops.babai.lookup(torch.tensor([0, rows]), *layout, bits, rows, columns, torch.float32)
+    with pytest.raises(ValueError, match=f"{rows + 64} × {columns} with {bits} bits"):
+        torch.ops.babai.lookup(torch.tensor([0]), *layout, bits, rows + 64, columns, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", BITS)
 def test_activation_dtypes(bits: int, dtype: torch.dtype) -> None:

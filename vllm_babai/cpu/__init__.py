@@ -3,11 +3,13 @@
 from vllm_babai.cpu.backend import device_layout, matmul, warm_up
 from vllm_babai.cpu.entropy import multiply_coded, warm_up_coded
 from vllm_babai.cpu.experts import experts_layout, multiply_experts, warm_up_experts
+from vllm_babai.cpu.lookup import look_up
 from vllm_babai.cpu.trellis import multiply_trellis, trellis_layout, warm_up_trellis
 
 __all__ = [
     "device_layout",
     "experts_layout",
+    "look_up",
     "matmul",
     "multiply_coded",
     "multiply_experts",

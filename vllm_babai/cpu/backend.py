@@ -83,7 +83,7 @@ def matmul(
     Raises ValueError when the layout is of other sizes than the arguments say.
     """
     layout = DeviceLayout(dense, scales, entries, offsets)
-    _check_sizes(layout, bits, x.shape[-1], out_features)
+    check_sizes(layout, bits, x.shape[-1], out_features)
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     tokens = x.reshape(-1, x.shape[-1])
     multiply = _way_to_multiply(len(tokens), x.dtype, bits)
@@ -97,7 +97,8 @@ def warm_up(layout: DeviceLayout, bits: int, in_features: int, out_features: int
         matmul(torch.zeros(tokens, in_features, dtype=dtype), *layout, bits, out_features)
 
 
-def _check_sizes(layout: DeviceLayout, bits: int, in_features: int, out_features: int) -> None:
+def check_sizes(layout: DeviceLayout, bits: int, in_features: int, out_features: int) -> None:
+    """Raise ValueError when a layout is of other sizes."""
     tiles, words = -(-out_features // TILE_ROWS), -(-in_features // weights_per_word(FIELD_WIDTH[bits]))
     check_shapes(
         layout._asdict(),
@@ -144,7 +145,7 @@ def _group_scales(scales: Tensor, in_features: int) -> Tensor:
     return torch.nn.functional.pad(scales.float().t(), (0, -len(scales) % TILE_ROWS)).contiguous()
 
 
-def _group_shift(scales: Tensor, in_features: int) -> int:
+def group_shift(scales: Tensor, in_features: int) -> int:
     """Column >> shift is its group."""
     groups = scales.shape[0]
     return in_features.bit_length() if groups == 1 else (in_features // groups).bit_length() - 1
@@ -174,8 +175,8 @@ def _multiply_packed(x: Tensor, layout: DeviceLayout, width: int, out_features: 
     run_tiles(
         (dense_kernels(arithmetic, width), overflow_kernels()[by_column.shape[2]]),
         (activations.data_ptr(), activations.stride(0) * activations.element_size(), by_column),
-        _arrays(layout),
-        _group_shift(layout.scales, in_features),
+        arrays(layout),
+        group_shift(layout.scales, in_features),
         (y.view(torch.uint16) if y.dtype == torch.bfloat16 else y).numpy(),
     )
     return y
@@ -196,7 +197,7 @@ def _multiply_expanded(x: Tensor, layout: DeviceLayout, width: int, out_features
         (dense_kernels(Bfloat16(), 16), expand_kernel(width), insert_kernel()),
         16 // width,
         by_block.view(torch.uint16).numpy(),
-        _arrays(layout),
+        arrays(layout),
         y.view(torch.uint16).numpy(),
     )
     return y
@@ -214,8 +215,8 @@ def _multiply_dequantized(x: Tensor, layout: DeviceLayout, width: int, out_featu
         weight = torch.empty(columns, len(dense) * TILE_ROWS, dtype=torch.float32)
         dequantize_tiles(
             dequantize_kernel(width),
-            _arrays(DeviceLayout(dense, layout.scales[:, first_row:], layout.entries, offsets)),
-            _group_shift(layout.scales, in_features),
+            arrays(DeviceLayout(dense, layout.scales[:, first_row:], layout.entries, offsets)),
+            group_shift(layout.scales, in_features),
             weight.numpy(),
         )
         rows = min(weight.shape[1], out_features - first_row)
@@ -223,5 +224,6 @@ def _multiply_dequantized(x: Tensor, layout: DeviceLayout, width: int, out_featu
     return y
 
 
-def _arrays(layout: DeviceLayout) -> tuple[np.ndarray, ...]:
+def arrays(layout: DeviceLayout) -> tuple[np.ndarray, ...]:
+    """A layout as the loops take it."""
     return tuple(tensor.numpy() for tensor in layout)

@@ -44,6 +44,11 @@ class Backend(Protocol):
     ) -> None:
         """Compile everything that `matmul` may use for this linear and activations of `dtype`."""
 
+    def look_up(
+        self, ids: Tensor, layout: "DeviceLayout", bits: int, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        """Rows of a linear, dequantized and rounded once: ids int [...] → [..., in]. shape: out, in."""
+
     def experts_layout(self, layouts: "list[DeviceLayout]") -> "DeviceLayout":
         """The layouts of linears of one size and width, one an expert, as one."""
 

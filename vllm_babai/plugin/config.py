@@ -8,10 +8,11 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_babai.format import FORMATS, CheckpointConfig, LayerScheme
 from vllm_babai.format.config import QUANT_METHOD, without_refusal
+from vllm_babai.plugin.embedding import BabaiEmbeddingMethod, HeadMethod, check_drafting, register_embedding
 from vllm_babai.plugin.experts import BabaiExpertsMethod
 from vllm_babai.plugin.kept import KeptTensors
 from vllm_babai.plugin.linear import BabaiLinearMethod
@@ -31,6 +32,7 @@ FUSED = {  # what vLLM fuses in classes that do not say so, such as that of Stab
 def register_config() -> None:
     """Make `babai` known to vLLM as a quantization method. Idempotent."""
     register_quantization_config(QUANT_METHOD)(BabaiConfig)
+    register_embedding(BabaiConfig)
 
 
 class BabaiConfig(QuantizationConfig):
@@ -95,21 +97,16 @@ class BabaiConfig(QuantizationConfig):
         self.checkpoint = renamed(self.checkpoint, hf_to_vllm_mapper.apply_dict)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """How vLLM treats the layer called `prefix`; None (embeddings, attention) leaves it to vLLM.
+        """How vLLM treats the layer called `prefix`; None (attention, say) leaves it to vLLM.
 
-        Linears are quantized unless the checkpoint ignores them, lm_head only where its overrides name it; that is
-        never coded, as decoded it would be the largest tensor of all. Raises NotImplementedError for experts in a
-        residency other than packed and ValueError when linears that vLLM fuses are stored differently.
+        Linears are quantized unless the checkpoint ignores them, lm_head only where its overrides name it or it is tied
+        to a quantized embedding. Raises NotImplementedError for experts in a residency other than packed and for an
+        embedding where vLLM drafts tokens, ValueError when linears that vLLM fuses are stored differently.
         """
-        if self.checkpoint.embedding is not None:
-            raise NotImplementedError(
-                f"{self.checkpoint.embedding} is quantized, which vLLM does not serve yet: babai convert --to dense"
-            )
         if isinstance(layer, RoutedExperts):
             return self._experts(layer, prefix)
-        if isinstance(layer, ParallelLMHead) and prefix in self.checkpoint.overrides:
-            residency = FORMATS[self.checkpoint.format].residencies[0]
-            return self._method(residency, self.checkpoint.scheme(prefix), prefix, [prefix])
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._vocabulary(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         linears = [self.names.find(name) for name in self._checkpoint_names(prefix)]
@@ -117,6 +114,30 @@ class BabaiConfig(QuantizationConfig):
         if scheme is None:
             return UnquantizedLinearMethod()
         return self._method(self.checkpoint.residency, scheme, prefix, [linear.stored for linear in linears])
+
+    def _vocabulary(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
+        """How head or embedding is held; None where it is not quantized.
+
+        It is never coded: decoded it would be the largest tensor of all. vLLM's classes seldom give an embedding its
+        name: one without any is taken for the checkpoint's.
+        """
+        checkpoint = self.checkpoint
+        is_head, embedding = isinstance(layer, ParallelLMHead), checkpoint.embedding
+        reader = READERS[checkpoint.format, FORMATS[checkpoint.format].residencies[0]]
+        if is_head and prefix in checkpoint.overrides:
+            return BabaiLinearMethod(reader(checkpoint.scheme(prefix)), prefix, [prefix], self.progress, self.kept)
+        if embedding is None:
+            return None
+        if is_head:
+            return HeadMethod()
+        if prefix not in ("", embedding):
+            raise NotImplementedError(
+                f"{prefix}: vLLM's class looks tokens up there, too, and {embedding} is quantized, which babai does not"
+                " serve together; `babai convert OUT NEW --to dense` makes it servable"
+            )
+        check_drafting(embedding)
+        names = [self.names.checkpoint.embedding or embedding]
+        return BabaiEmbeddingMethod(reader(checkpoint.scheme(embedding)), embedding, names, self.progress, self.kept)
 
     def _experts(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         """How the routed experts of a layer are held; None where they are not quantized."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_babai.plugin.assemble import assemble
 from vllm_babai.plugin.kept import KeptTensors
@@ -83,7 +83,7 @@ class BabaiLinearMethod(LinearMethodBase):
         """
         self._check_columns(input_size_per_partition, input_size)
         padding = 0
-        if isinstance(layer, ParallelLMHead):
+        if isinstance(layer, VocabParallelEmbedding):
             rows = self._rows_of_vocabulary(layer)
             padding = sum(output_partition_sizes) - rows
             output_partition_sizes = [rows]
@@ -136,17 +136,17 @@ class BabaiLinearMethod(LinearMethodBase):
                 f"which {self.reader.scheme} needs; choose a smaller tensor-parallel size"
             )
 
-    def _rows_of_vocabulary(self, head: ParallelLMHead) -> int:
-        if not head.num_org_embeddings_per_partition:
+    def _rows_of_vocabulary(self, layer: VocabParallelEmbedding) -> int:
+        if not layer.num_org_embeddings_per_partition:
             raise ValueError(
-                f"{self.prefix}: a vocabulary of {head.org_vocab_size} leaves this rank no part of it; "
+                f"{self.prefix}: a vocabulary of {layer.org_vocab_size} leaves this rank no part of it; "
                 "choose a smaller tensor-parallel size"
             )
-        return head.num_org_embeddings_per_partition
+        return layer.num_org_embeddings_per_partition
 
     def _placeholder(self, layer: torch.nn.Module, dtype: torch.dtype, weight_loader: Callable) -> StoredParameter:
         size: dict[str, Any] = {"dtype": dtype, "rows": self.sizes.out_features, "columns": self.sizes.in_features}
-        if isinstance(layer, ParallelLMHead):
+        if isinstance(layer, VocabParallelEmbedding):
             first_row, vocabulary = layer.shard_indices.org_vocab_start_index, layer.org_vocab_size
             return VocabularyParameter(first_row=first_row, vocabulary=vocabulary, **size)
         loader = weight_loader if hasattr(layer, "weight_loader_v2") else None

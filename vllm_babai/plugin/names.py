@@ -84,6 +84,8 @@ def renamed(checkpoint: CheckpointConfig, renaming: Renaming) -> CheckpointConfi
     def apply(names: Iterable[str]) -> list[str]:
         return list(renaming(dict.fromkeys(names)))
 
+    if checkpoint.embedding is not None:
+        checkpoint = replace(checkpoint, embedding=next(iter(apply([checkpoint.embedding])), checkpoint.embedding))
     if checkpoint.scope is None:
         return replace(checkpoint, ignore=apply(checkpoint.ignore), overrides=renaming(checkpoint.overrides))
     blocks = {block: new for block in checkpoint.scope for new in apply([block])}

@@ -126,7 +126,8 @@ class StoredParameter(BasevLLMParameter):
 
 
 class VocabularyParameter(StoredParameter):
-    """The same for lm_head, whose rows are padded: a rank holds some rows of `vocabulary`, the last perhaps fewer.
+    """The same for lm_head and embedding, whose rows are padded: a rank holds some of `vocabulary`, the last perhaps
+    fewer.
 
     first_row: where this rank's begin.
     """

@@ -19,6 +19,7 @@ TYPES = {
     torch.uint8: "*u8",
     torch.int16: "*i16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
