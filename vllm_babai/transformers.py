@@ -1,11 +1,13 @@
 """Loading a quantized checkpoint in transformers: `import vllm_babai.transformers`, then `from_pretrained` as usual.
 
 The quantized linears become modules that hold their weights as vLLM does and multiply by the same ops; experts, which
-transformers keeps in one tensor for all, become dense. The import makes
-format and quantizer known to transformers, which finds no plugins by itself. Without it transformers would only warn,
-and start from random weights: so `attn_implementation` in config.json has a value that it refuses, see `format.config`.
+transformers keeps in one tensor for all, become dense, and so does an embedding with the head that is tied to it. The
+import makes format and quantizer known to transformers, which finds no plugins by itself. Without it transformers would
+only warn, and start from random weights: so `attn_implementation` in config.json has a value that it refuses, see
+`format.config`.
 """
 
+import re
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -82,13 +84,13 @@ class BabaiQuantizationConfig(QuantizationConfigMixin):
 class BabaiQuantizer(HfQuantizer):
     """Puts `BabaiLinear`s in the place of quantized linears, and fills them once the other weights are loaded.
 
-    experts: quantized linears of which the model has no module of their own.
+    dense: quantized experts, of which the model has no module of their own, and the embedding.
     """
 
     requires_calibration = True
     quantization_config: BabaiQuantizationConfig
     checkpoint: Checkpoint
-    experts: list[str]
+    dense: list[str]
 
     def is_serializable(self) -> bool:
         """No: the modules hold what their device takes, not what a checkpoint stores."""
@@ -108,8 +110,6 @@ class BabaiQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise FormatError("babai checkpoints are loaded from a folder or the hub, not from a state_dict")
-        if embedding := self.quantization_config.checkpoint.embedding:
-            raise FormatError(f"{embedding} is quantized, which is not supported yet: convert --to dense")
         self.checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
         keys = tuple(FORMATS[self.quantization_config.checkpoint.format].dtypes)
         first = keys[0]
@@ -118,11 +118,13 @@ class BabaiQuantizer(HfQuantizer):
         view = view_checkpoint(Checkpoint(self.checkpoint.folder, weights), model)
         names = {view.stored_name(name): name.removesuffix(".weight") for name in view.sources}
         alone = {stored: names[f"{stored}.weight"] for stored in linears if f"{stored}.weight" in names}
+        embedding = alone.pop(self.quantization_config.checkpoint.embedding or "", None)
         for stored, name in alone.items():
             model.set_submodule(name, BabaiLinear(model.get_submodule(name), stored))
-        self.experts = [stored for stored in linears if stored not in alone]
-        if self.experts:  # which are filled afterwards
-            model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), r"\.experts\."}
+        self.dense = [stored for stored in linears if stored not in alone]
+        if self.dense:  # which are filled afterwards
+            late = {r"\.experts\.", *([] if embedding is None else [rf"^{re.escape(embedding)}\.weight$"])}
+            model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *late}
         unexpected = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = unexpected | {rf"\.({'|'.join(keys)})$"}
 
@@ -138,8 +140,9 @@ class BabaiQuantizer(HfQuantizer):
                     module.fill(tensors, config, _device(model, name))
                 except FormatError as error:
                     raise FormatError(f"{module.stored}: {error}") from error
-        for _, stored in groupby(self.experts, lambda name: name.partition(".experts.")[0]):
-            _fill_experts(model, checkpoint, list(stored))
+        for _, stored in groupby(self.dense, lambda name: name.partition(".experts.")[0]):
+            _fill_dense(model, checkpoint, list(stored))
+        model.tie_weights()
         return model
 
 
@@ -154,8 +157,8 @@ class InMemory(Checkpoint):
         return self.tensors[name]
 
 
-def _fill_experts(model: PreTrainedModel, checkpoint: Checkpoint, linears: list[str]) -> None:
-    """Give the experts of a block their weights, dense, as transformers keeps all of them in one tensor.
+def _fill_dense(model: PreTrainedModel, checkpoint: Checkpoint, linears: list[str]) -> None:
+    """Give the experts of a block, or the embedding, their weights, dense.
 
     Raises FormatError where the model has no place for them.
     """
