@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_babai.format import integer_range
 from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels.arguments import UNITS, arguments
-from vllm_babai.triton_kernels.layout import TILE_ROWS, Geometry
+from vllm_babai.triton_kernels.layout import ROW_ALIGNMENT, TILE_ROWS, Geometry
 from vllm_babai.triton_kernels.overflow import load_entry
 from vllm_babai.triton_kernels.tokens import multiply_parts
 from vllm_babai.triton_kernels.unpack import load_words, round_to, unpack_slot
@@ -130,11 +130,14 @@ def dequantize(layout: DeviceLayout, geometry: Geometry, dtype: torch.dtype, bac
 
 
 def dequantized_parts(layout: DeviceLayout, geometry: Geometry, dtype: torch.dtype, backend: str) -> Iterator[Tensor]:
-    """The weight as `dequantize` makes it, in parts [rows, in_features] of WORKSPACE weights at most, or of a tile."""
+    """The weight as `dequantize` makes it, in parts [rows, in_features] of WORKSPACE weights at most.
+
+    All but the last have a multiple of ROW_ALIGNMENT rows, and so many at least.
+    """
     layer, sizes = arguments(layout, geometry)
     form = dequantize_form(geometry, len(layout.scales), backend)
     tiles = -(-sizes.n // TILE_ROWS)
-    step = max(1, WORKSPACE // (TILE_ROWS * sizes.k))
+    step = max(1, WORKSPACE // (ROW_ALIGNMENT * sizes.k)) * (ROW_ALIGNMENT // TILE_ROWS)
     for first in range(0, tiles, step):
         count = min(step, tiles - first)
         rows = min(sizes.n - first * TILE_ROWS, count * TILE_ROWS)

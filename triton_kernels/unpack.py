@@ -93,11 +93,14 @@ def load_words(pointers, WORDS: tl.constexpr, WORD_STRIDE: tl.constexpr):
 
 @triton.jit
 def matrix_product(a, b, total, BACKEND: tl.constexpr):
-    """total + a @ b in fp32. The interpreter takes bf16 for integers, so there the operands go in as fp32."""
+    """total + a @ b in fp32, of fp32 operands too (by default Triton rounds these to tf32).
+
+    The interpreter takes bf16 for integers, so there the operands go in as fp32.
+    """
     if BACKEND == "interpreter":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
-        return tl.dot(a, b, total)
+        return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -24,6 +25,7 @@ from vllm_babai.triton_kernels.configs import Config, Target, table_for
 from vllm_babai.triton_kernels.dequantize import dense_kernel, dequantize_form, overflow_kernel
 from vllm_babai.triton_kernels.entropy import WARP, Streams, decode_kernel
 from vllm_babai.triton_kernels.experts import fused as experts_fused
+from vllm_babai.triton_kernels.experts import grouped
 from vllm_babai.triton_kernels.fused import Operands, Tiling, fused_kernel, fused_tiling
 from vllm_babai.triton_kernels.layout import Geometry
 from vllm_babai.triton_kernels.lookup import dense_rows_kernel, overflow_rows_kernel
@@ -58,6 +60,11 @@ EXPERTS = {
     "operands": experts_fused.Operands("*bf16", "*bf16", "*fp32", "*bf16", "*i32", "*i32"),
     "sizes": experts_fused.Sizes(n="i32:16", k="i32:16", padded_rows="i32:16", group_size="i32", own_rows="i32:16"),
     **dict.fromkeys(("blocks", "splits", "panels"), "i32"),
+}
+EXPERTS_PRODUCT = {
+    "operands": grouped.Operands("*bf16", "*bf16", "*bf16", "*i32"),
+    "sizes": grouped.Sizes(n="i32:16", k="i32:16", own_rows="i32:16"),
+    **dict.fromkeys(("first_row", "last_row"), "i32"),
 }
 TRELLIS = {
     "layer": trellis_arguments.Layer("*i32", "*i32", "*i32", "*i32", "*fp32"),
@@ -250,7 +257,7 @@ def gate(architecture: str) -> dict[str, dict[str, float]]:
 
 
 def experts_gate(architecture: str, target: Target) -> dict[str, dict[str, float]]:
-    """Case → measures of the kernel for experts of 1536 × 2048; bits and rows of a block."""
+    """Case → measures of the kernels for experts of 1536 × 2048; bits and rows of a block."""
     results = {}
     for bits, tokens in [(3, 1), (4, 1), (4, 16), (4, 64)] if architecture == "sm_90" else [(4, 16)]:
         geometry = Geometry(bits, 2048, 1536)
@@ -259,7 +266,9 @@ def experts_gate(architecture: str, target: Target) -> dict[str, dict[str, float
         compiled = compile_kernel(experts_fused.experts_kernel, EXPERTS, {"TILING": tiling}, architecture, config.warps)
         name = f"experts {bits} bits, {tokens} row{'s' if tokens > 1 else ''}"
         results[name] = measure(compiled, config.rows * geometry.block_columns)
-    return results
+    constants = {"PRODUCT": grouped.product(2048, torch.bfloat16, target)}
+    compiled = compile_kernel(grouped.product_kernel, EXPERTS_PRODUCT, constants, architecture, grouped.WARPS)
+    return results | {"experts, dequantized": measure(compiled, 0)}
 
 
 def coded_gate(architecture: str, backend: str) -> dict[str, dict[str, float]]:

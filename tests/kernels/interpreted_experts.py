@@ -7,8 +7,9 @@ import pytest
 import torch
 from expert_cases import check, random_experts
 
-from vllm_babai.triton_kernels import multiply_experts, warm_up_experts
+from vllm_babai.triton_kernels import dequantize, multiply_experts, warm_up_experts
 from vllm_babai.triton_kernels.configs import Target
+from vllm_babai.triton_kernels.experts import dispatch
 from vllm_babai.triton_kernels.experts import layout as expert_layout
 from vllm_babai.triton_kernels.experts.route import block_rows, route
 
@@ -30,6 +31,14 @@ def test_panels_and_experts_of_other_ranks() -> None:
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_groups_and_fp16(tokens: int) -> None:
     check(random_experts(3, 128, 64, 4, groups=2), torch.randn(tokens, 128).half())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dequantized_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a workspace that holds a tile of an expert; blocks that are not full, columns that fill no turn."""
+    monkeypatch.setattr(dequantize, "WORKSPACE", 128 * 80)
+    monkeypatch.setattr(dispatch, "goes_dequantized", lambda *_: True)
+    check(random_experts(3, 80, 72, 3, groups=1), torch.randn(9, 80).to(dtype), elsewhere=0.3)
 
 
 def test_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,10 +64,7 @@ def test_warm_up_no_tokens_and_what_is_refused(monkeypatch: pytest.MonkeyPatch) 
     warm_up_experts(experts, 64, torch.bfloat16)
     nothing = torch.empty(0, 2)
     assert multiply_experts(torch.empty(0, 64).half(), nothing, nothing.int(), experts, torch.relu).shape == (0, 64)
-    with pytest.raises(NotImplementedError, match="--dtype bfloat16"):
-        multiply_experts(torch.ones(1, 64), torch.ones(1, 1), torch.zeros(1, 1).int(), experts, torch.relu)
-    with pytest.raises(NotImplementedError, match="--dtype bfloat16"):
-        warm_up_experts(experts, 64, torch.float32)
+    warm_up_experts(experts, 64, torch.float32)
     monkeypatch.setattr(expert_layout, "MOST_WORDS", 100)
     with pytest.raises(ValueError, match=r"2 experts take .* words .* --enable-expert-parallel"):
         expert_layout.experts_layout(layouts)

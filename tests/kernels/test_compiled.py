@@ -17,7 +17,9 @@ from test_hptq_decode import check_decoder, small_segments
 
 from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, lookup, matmul, transpose
 from vllm_babai.triton_kernels.configs import Target
+from vllm_babai.triton_kernels.experts import dispatch as experts_dispatch
 from vllm_babai.triton_kernels.experts import fused as experts_fused
+from vllm_babai.triton_kernels.experts import grouped
 from vllm_babai.triton_kernels.layout import Geometry
 
 KERNELS = (
@@ -30,6 +32,7 @@ KERNELS = (
     (entropy, "decode_kernel"),
     (coded, "multiply_kernel"),
     (experts_fused, "experts_kernel"),
+    (grouped, "product_kernel"),
 )
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -125,6 +128,16 @@ def test_experts(
     spread = 3000 if dtype == BF16 else 40  # gate times up stays within fp16
     mixture = random_experts(3, 256, 64, 4, groups, spreads=(6, spread))
     check_experts(mixture, torch.randn(tokens, 256).to(dtype), elsewhere=0.2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("architecture", "dtype"), [("sm_80", BF16), ("sm_90", torch.float32), ("sm_120", FP16)])
+def test_dequantized_experts(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of the workspace, with columns that fill no turn."""
+    compile_for(architecture, monkeypatch)
+    monkeypatch.setattr(experts_dispatch, "goes_dequantized", lambda *_: True)
+    monkeypatch.setattr(dequantize, "WORKSPACE", 128 * 80)
+    check_experts(random_experts(2, 80, 72, 4), torch.randn(3, 80).to(dtype), elsewhere=0.3)
 
 
 def test_accesses_are_checked() -> None:

@@ -1,0 +1,128 @@
+"""Many rows an expert, and fp32: the weights are dequantized to a workspace, then multiplied block by block of rows.
+
+vLLM captures launches in graphs and plans them ahead, so nothing here may ask how many rows an expert has got.
+`torch.nn.functional.grouped_mm` leaves that on the device, too, but wants the weights of all experts at once: 5 GB of
+bf16 for gate and up of 160 experts of 1536 × 5120. Hence a kernel that takes those that the workspace holds.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_babai.ops.layout import DeviceLayout
+from vllm_babai.triton_kernels.configs import Target
+from vllm_babai.triton_kernels.dequantize import dequantized_parts
+from vllm_babai.triton_kernels.experts.route import Routing
+from vllm_babai.triton_kernels.layout import ROW_ALIGNMENT, Geometry, geometry_of
+from vllm_babai.triton_kernels.unpack import matrix_product, round_to
+
+PRODUCT_BLOCK = 128  # rows of a block of visits, a choice: what matrix instructions of sm_90 are fastest with
+WARPS = 8
+
+
+class Operands(NamedTuple):
+    """Pointers. x: [blocks · tokens, k]. weight: [rows, k], of the workspace. y: [blocks · tokens, n], in any type.
+
+    owners: int32 [blocks].
+    """
+
+    x: Tensor
+    weight: Tensor
+    y: Tensor
+    owners: Tensor
+
+
+class Sizes(NamedTuple):
+    """Integers of a layer. n: out_features of an expert. k: in_features. own_rows: of one expert, with padding."""
+
+    n: int
+    k: int
+    own_rows: int
+
+
+class Product(NamedTuple):
+    """Compile-time constants. rows, tokens: of an output tile. columns: of a turn. stages: of the pipeline.
+
+    even_k: columns divides in_features. backend: of `Target`.
+    """
+
+    rows: int
+    tokens: int
+    columns: int
+    stages: int
+    even_k: bool
+    backend: str
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row"])
+def product_kernel(operands, sizes, first_row, last_row, PRODUCT: tl.constexpr):
+    """One output tile, if its expert's rows are in the workspace.
+
+    operands, sizes: as above. first_row, last_row: of all experts' rows, those that the workspace holds; both are
+    multiples of the rows of a tile. PRODUCT: `Product`. Grid: [blocks · row tiles of an expert].
+    """
+    ROWS: tl.constexpr = PRODUCT.rows
+    TOKENS: tl.constexpr = PRODUCT.tokens
+    COLUMNS: tl.constexpr = PRODUCT.columns
+    row_tiles = tl.cdiv(sizes.n, ROWS)
+    block = tl.program_id(0) // row_tiles  # tiles of the same rows of x are neighbours, and read them from the cache
+    own_row = tl.program_id(0) % row_tiles * ROWS
+    owner = tl.load(operands.owners + block)
+    row = owner * sizes.own_rows + own_row
+    if (owner >= 0) & (row >= first_row) & (row < last_row):
+        columns = tl.arange(0, COLUMNS)
+        tokens = block.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+        rows = (row - first_row).to(tl.int64) + tl.arange(0, ROWS)
+        x_ptrs = operands.x + tokens[:, None] * sizes.k + columns[None, :]
+        weight_ptrs = operands.weight + rows[None, :] * sizes.k + columns[:, None]
+        total = tl.zeros((TOKENS, ROWS), tl.float32)
+        for column in tl.range(0, sizes.k, COLUMNS, num_stages=PRODUCT.stages):
+            if PRODUCT.even_k:
+                x = tl.load(x_ptrs + column)
+                weight = tl.load(weight_ptrs + column)
+            else:
+                x = tl.load(x_ptrs + column, mask=(column + columns < sizes.k)[None, :], other=0.0)
+                weight = tl.load(weight_ptrs + column, mask=(column + columns < sizes.k)[:, None], other=0.0)
+            total = matrix_product(x, weight, total, PRODUCT.backend)
+        outputs = own_row + tl.arange(0, ROWS)
+        y_ptrs = operands.y + tokens[:, None] * sizes.n + outputs[None, :]
+        y = round_to(total, operands.y.dtype.element_ty, PRODUCT.backend)
+        tl.store(y_ptrs, y, mask=(outputs < sizes.n)[None, :])
+
+
+def product(in_features: int, dtype: torch.dtype, target: Target) -> Product:
+    """Compile-time constants for x of `dtype`. The pipeline takes 96 KiB, which every GPU has but gfx942."""
+    columns = 128 // dtype.itemsize
+    stages = 2 if target.backend == "hip" else 3
+    return Product(ROW_ALIGNMENT, PRODUCT_BLOCK, columns, stages, in_features % columns == 0, target.backend)
+
+
+def multiply_grouped(x: Tensor, routing: Routing, layout: DeviceLayout, geometry: Geometry, target: Target) -> Tensor:
+    """x [rows, in_features] bf16, fp16 or fp32, as `routing` places them → y [rows, out_features] in x's dtype.
+
+    layout: of all experts. geometry: of one. Rows of blocks without an owner are left as they are. Deterministic.
+    fp16 goes through bf16: fp16 has no room for small scales times large integers.
+    """
+    inputs = x.to(torch.bfloat16) if x.dtype == torch.float16 else x
+    tall = geometry_of(geometry.bits, geometry.in_features, layout.scales.shape[1])
+    sizes = Sizes(geometry.out_features, geometry.in_features, geometry.padded_rows)
+    form = product(geometry.in_features, inputs.dtype, target)
+    y = x.new_empty(len(x), geometry.out_features)
+    grid = (len(routing.owners) * -(-geometry.out_features // form.rows),)
+    first = 0
+    for weight in dequantized_parts(layout, tall, inputs.dtype, target.backend):
+        last = first + len(weight)
+        product_kernel[grid](
+            Operands(inputs, weight, y, routing.owners),
+            sizes,
+            first,
+            last,
+            PRODUCT=form,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
+        first = last
+    return y
