@@ -65,7 +65,13 @@ STEPS = (
         "kernels",
         "speed beside cuBLAS, Marlin, Humming and others, M = 1 … 4096",
         script("kernels.py", "--out", "{out}", "--bits", "4", "3", "--tokens", "1", "16", "64", "128", "256", "1024"),
-        250,
+        220,
+    ),
+    Step(
+        "experts",
+        "mixtures of experts, right and how fast, beside vLLM's bf16 and Marlin",
+        script("expert_kernels.py", "--json", "{out}/experts.json"),
+        80,
     ),
     Step(
         "serving",
@@ -79,7 +85,7 @@ STEPS = (
         "tune",
         "fastest launch configurations; an interrupted run goes on",
         (sys.executable, "-m", "vllm_babai.offline.cli", "tune", "--out", "{out}/config.json"),
-        200,
+        150,
     ),
     Step("coded", "HPTQ that stays coded, with the strides of its results", check("coded"), 40),
     Step(

@@ -33,12 +33,12 @@ def test_groups_and_fp16(tokens: int) -> None:
     check(random_experts(3, 128, 64, 4, groups=2), torch.randn(tokens, 128).half())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dequantized_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a workspace that holds a tile of an expert; blocks that are not full, columns that fill no turn."""
     monkeypatch.setattr(dequantize, "WORKSPACE", 128 * 80)
     monkeypatch.setattr(dispatch, "goes_dequantized", lambda *_: True)
-    check(random_experts(3, 80, 72, 3, groups=1), torch.randn(9, 80).to(dtype), elsewhere=0.3)
+    check(random_experts(2, 80, 72, 4), torch.randn(3, 80).to(dtype), elsewhere=0.3)
 
 
 def test_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,6 @@ def test_warm_up_no_tokens_and_what_is_refused(monkeypatch: pytest.MonkeyPatch) 
     warm_up_experts(experts, 64, torch.bfloat16)
     nothing = torch.empty(0, 2)
     assert multiply_experts(torch.empty(0, 64).half(), nothing, nothing.int(), experts, torch.relu).shape == (0, 64)
-    warm_up_experts(experts, 64, torch.float32)
     monkeypatch.setattr(expert_layout, "MOST_WORDS", 100)
     with pytest.raises(ValueError, match=r"2 experts take .* words .* --enable-expert-parallel"):
         expert_layout.experts_layout(layouts)

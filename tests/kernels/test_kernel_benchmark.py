@@ -1,5 +1,6 @@
 """The parts of the kernel benchmark that need no GPU, on made-up timings."""
 
+import importlib
 import importlib.util
 import inspect
 import subprocess
@@ -92,8 +93,30 @@ def test_humming_is_called_as_the_installed_vllm_has_it(benchmark: ModuleType, m
     assert bytes_each == 256 * 512 // 2 + 2 * 256 * 4
 
 
+@pytest.mark.parametrize(
+    ("peer", "module", "function"),
+    [("vLLM bf16", "fused_moe", "fused_experts"), ("Marlin int4", "experts.marlin_moe", "fused_marlin_moe")],
+)
+def test_experts_are_called_as_the_installed_vllm_has_them(
+    peer: str, module: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's kernels need a GPU; functions of the same parameters stand in for them."""
+    import expert_kernels
+
+    owner = importlib.import_module(f"vllm.model_executor.layers.fused_moe.{module}")
+    signature = inspect.signature(getattr(owner, function))
+    monkeypatch.setattr(owner, function, lambda *arguments, **options: signature.bind(*arguments, **options).arguments)
+    sizes = expert_kernels.Mixture(2, 256, 128, 2)
+    multiply, size = expert_kernels.PEERS[peer](sizes, torch.device("cpu"))
+    bound = multiply(torch.zeros(3, 256), *expert_kernels.random_routing(sizes, 3, torch.device("cpu")))
+    assert bound["topk_ids"].shape == bound["topk_weights"].shape == (3, 2)
+    weights = 2 * 3 * 128 * 256
+    assert size == (2 * weights if peer == "vLLM bf16" else weights // 2 + 2 * weights // 128)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so() -> None:
-    child = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["kernels.py", "expert_kernels.py"])
+def test_without_a_gpu_it_says_so(script: str) -> None:
+    child = subprocess.run([sys.executable, str(SCRIPT.with_name(script))], capture_output=True, text=True)
     assert child.returncode == 1
     assert "needs a GPU" in child.stderr
