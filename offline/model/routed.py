@@ -136,7 +136,8 @@ def _mixed(
     norms = torch.cat([inputs[window].to(device).float().square().sum(1) for window in _windows(tokens)])
     fourth = float((weights.to(device) * norms).square().mean())
     hessian, share = shrunk(own.hessian, tokens, fourth, pooled())
-    return Moments(hessian, own.drift), share
+    # In full, the drift of few tokens would be divided by a Hessian that hardly knows them.
+    return Moments(hessian, own.drift and own.drift.of_share(1 - share)), share
 
 
 def _hessian(inputs: Tensor, weights: Tensor, device: torch.device) -> Tensor:

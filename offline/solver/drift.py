@@ -37,6 +37,10 @@ class Drift:
     inputs: Tensor
     stream: Tensor | None
 
+    def of_share(self, share: float) -> "Drift":
+        """The drift by inputs where these tokens are a share of the Hessian, and of the other tokens none is known."""
+        return Drift(share * self.inputs, self.stream)
+
 
 def corrected(weight: Tensor, factor: Factor, drift: Drift) -> Tensor:
     """The weight [out, in] plus the share of its correction that is not noise, float32; factor: of H + λI.

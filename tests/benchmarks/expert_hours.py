@@ -1,4 +1,4 @@
-"""Hours to quantize large mixtures of experts on one device: `python tests/benchmarks/expert_hours.py [--device cuda]`.
+"""Hours to quantize large mixtures of experts: `python tests/benchmarks/expert_hours.py [--device cuda]`.
 
 No model is needed: `--rows` rows of one expert's linears, of a model's shapes and with random weights and inputs, are
 quantized as `babai quantize` does by default (SSQR of 4 bits, 16 paths, row covariance for the down projection). Rows
@@ -59,13 +59,13 @@ MODELS = {
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a call takes, until the device is done."""
-
-    started = time.perf_counter()
+    """Seconds that a call takes: of a CPU's cores, which other processes disturb least; of a GPU until it is done."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    started = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def random_inputs(columns: int, device: torch.device) -> Tensor:
@@ -133,7 +133,7 @@ def main() -> None:
     candidates = {n: partial(hours, MODELS[n], options.rows, options.tokens, device) for n in options.models}
     rounds = alternate(candidates, options.rounds)
     found = {n: {part: Median.of([one[part] for one in each]) for part in each[0]} for n, each in rounds.items()}
-    title = f"hours on one {device.type}, {torch.get_num_threads()} threads of the CPU"
+    title = "hours on one core" if device.type == "cpu" else f"hours on one {device.type}"
     drawn = table(title, ("model", *next(iter(found.values()))))
     for name, parts in found.items():
         drawn.add_row(name, *(value.text() for value in parts.values()))

@@ -45,6 +45,21 @@ def in_batches(inputs: Tensor, stream: Tensor | None) -> list[dict[str, Seen]]:
     return [{"q_proj": Seen(w, inputs[w].flatten(0, 1), streams.get(i))} for i, w in enumerate(windows)]
 
 
+def test_of_mixed_tokens_the_correction_errs_least(generator: torch.Generator) -> None:
+    """Some tokens have drifted, and others, whose Hessian is mixed with theirs, have not."""
+    weight, share = torch.randn(OUTPUTS, INPUTS, generator=generator), 0.3
+    x, others = torch.randn(40, INPUTS, generator=generator), torch.randn(50, INPUTS, generator=generator)
+    x_hat = x + 0.3 * torch.randn(40, INPUTS, generator=generator)
+    hessian = share * x_hat.T @ x_hat / len(x) + (1 - share) * others.T @ others / len(others)
+    cross = (x - x_hat).T @ x_hat / len(x)
+    drift = Drift(torch.stack([cross, cross]), None).of_share(share)
+    found = corrected(weight, factorize(hessian, "natural", 1e-9), drift).requires_grad_()
+    drifted = (x @ weight.T - x_hat @ found.T).square().sum() / len(x)
+    not_drifted = (others @ (weight - found).T).square().sum() / len(others)
+    (gradient,) = torch.autograd.grad(share * drifted + (1 - share) * not_drifted, found)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("has_stream", [False, True])
 def test_the_whole_correction_is_the_ridge_regression(
