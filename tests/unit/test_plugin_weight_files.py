@@ -45,15 +45,24 @@ def swap(index: Path) -> None:
     ],
 )
 def test_damage_is_named(file: str, damage: Callable[[Path], object], message: str, folder: Path) -> None:
-    check_weight_files(folder)
+    check_weight_files(folder, None)
     damage(folder / file)
     with pytest.raises(FormatError, match=message):
-        check_weight_files(folder)
+        check_weight_files(folder, None)
 
 
 def test_without_an_index_all_files_are_looked_at(folder: Path) -> None:
     (folder / INDEX).unlink()
-    check_weight_files(folder)
+    check_weight_files(folder, None)
     cut(folder / FILES[0])
     with pytest.raises(FormatError, match=FILES[0]):
-        check_weight_files(folder)
+        check_weight_files(folder, None)
+
+
+def test_a_tensor_of_an_unknown_name_is_named(folder: Path) -> None:
+    check_weight_files(folder, {"layers.0.weight", "layers.1.weight"})
+    save_file({"layers.1.codes": torch.ones(8), "layers.1.weight": torch.ones(8)}, folder / FILES[1])
+    check_weight_files(folder, {"layers.0.weight", "layers.1.weight"})
+    save_file({"layers.1.codesx": torch.ones(8), "layers.1.weight": torch.ones(8)}, folder / FILES[1])
+    with pytest.raises(FormatError, match=f"{FILES[1]} has layers.1.codesx"):
+        check_weight_files(folder, {"layers.0.weight", "layers.1.weight"})

@@ -27,12 +27,12 @@ class KeptTensors:
         self.files_checked = False
 
     def check_files(self, model: ModelConfig | None, load: LoadConfig) -> None:
-        """Raise FormatError that names a weight file which is cut or missing, before vLLM reads any; the first time.
+        """Raise FormatError that names a weight file or tensor at fault, before vLLM reads any; the first time.
 
         What is fetched from the hub is not looked at: it comes whole, or not at all. model: None for a lone layer.
         """
         if not self.files_checked and model is not None and load.load_format != "dummy" and Path(model.model).is_dir():
-            check_weight_files(Path(model.model))
+            check_weight_files(Path(model.model), self.checksums)
         self.files_checked = True
 
     def check(self, model: ModelConfig, load: LoadConfig) -> None:
