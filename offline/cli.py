@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from vllm_babai.errors import FormatError, QuantizationError
 from vllm_babai.offline.options import RATES, QuantizeOptions, check_given, torch_dtype
+from vllm_babai.offline.ranks import SaidElsewhere, speaks
 
 if TYPE_CHECKING:
     from vllm_babai.offline.tools.evaluate import Evaluation
@@ -101,7 +102,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a checkpoint that `vllm serve OUT --quantization babai` serves.
 
-    Without --format: SSQR, of 4 bits without --target-bits, --size or --fit.
+    Without --format: SSQR, of 4 bits without --target-bits, --size or --fit. On several GPUs:
+    torchrun --nproc-per-node 8 -m vllm_babai.offline.cli quantize MODEL OUT.
     """
     from vllm_babai.offline.card import serve_line
     from vllm_babai.offline.model.checkpoint import REPORT
@@ -109,9 +111,12 @@ def quantize(
 
     options = _fitted(model, options, size, fit, kv_tokens)
     bits = options.planned_rate or options.bits
-    typer.echo(f"format {options.format}, {bits} bits per weight")
+    if speaks():
+        typer.echo(f"format {options.format}, {bits} bits per weight")
     with _resumable("`babai quantize` goes on where it stopped with --resume"):
         folder = run(model, out, options, resume=resume, overwrite=overwrite)
+    if not speaks():
+        return
     report = json.loads((folder / REPORT).read_text())
     size = report["checkpoint_bytes"] / 1e6
     typer.echo(f"{folder}: {report['bits_per_weight']:.3f} bits per quantized weight, {size:.1f} MB in all")
@@ -379,7 +384,8 @@ def _resumable(advice: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"interrupted: {advice}", err=True)
+        if speaks():
+            typer.echo(f"interrupted: {advice}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -388,6 +394,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("highest")
     try:
         app()
+    except SaidElsewhere:
+        raise SystemExit(2) from None
     except (QuantizationError, FormatError) as error:
         _fail(error)
     except OSError as error:

@@ -11,6 +11,7 @@ from typer import Option
 from vllm_babai.errors import QuantizationError
 from vllm_babai.format import BIT_WIDTHS
 from vllm_babai.format.config import GROUP_SIZES
+from vllm_babai.offline.ranks import rank_device
 from vllm_babai.offline.solver.factor import ORDERS, Order
 
 # Bits per weight that a model can have in the trellis form: half of `code.FEWEST_BITS` and `code.MOST_BITS`, and what a
@@ -147,9 +148,12 @@ class QuantizeOptions:
         return 4 * self.paths if self.format == "trellis" else self.paths
 
     def resolve_device(self) -> torch.device:
-        """The device to compute on. Raises QuantizationError when CUDA is asked for and missing."""
+        """The device to compute on, of this rank where torchrun has started several.
+
+        Raises QuantizationError when CUDA is asked for and missing.
+        """
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return rank_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         _check(
             "--device", re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device) is not None, "auto, cpu or cuda", self.device
         )
@@ -158,7 +162,7 @@ class QuantizeOptions:
             raise QuantizationError("--device cuda: there is no CUDA device; use cpu or auto")
         if (device.index or 0) >= max(1, torch.cuda.device_count()):
             raise QuantizationError(f"--device {self.device}: there are {torch.cuda.device_count()} CUDA devices")
-        return device
+        return rank_device(device)
 
     def resolve_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of the model's forward pass."""

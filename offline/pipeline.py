@@ -13,12 +13,13 @@ from vllm_babai.offline.model.expert_report import check_stored, report_experts
 from vllm_babai.offline.model.place import check_place
 from vllm_babai.offline.model.routed import SeenByExpert
 from vllm_babai.offline.model.streamed import StreamedModel
-from vllm_babai.offline.model.walk import Group, Part, Stage, bits_outside, factored_groups, walk
+from vllm_babai.offline.model.walk import Group, Part, Round, Stage, bits_outside, rounds, walk
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.plan.budget import Budget, Target, targets
 from vllm_babai.offline.plan.plan import PlannedLinear, forecast_model, make_plan
 from vllm_babai.offline.plan.sensitivity import Sensitivity, measure_sensitivity, sensitivity_passes
 from vllm_babai.offline.prepare import Prepared, prepare
+from vllm_babai.offline.ranks import Ranks, joined_ranks
 from vllm_babai.offline.run_folder import RunFolder, open_run
 from vllm_babai.offline.scales.column_steps import choose_column_steps
 from vllm_babai.offline.scales.linear import (
@@ -41,31 +42,39 @@ def quantize(
 
     model: folder or hub name. out: folder to make; it appears when it is complete. resume: go on with an interrupted
     run of the same options. overwrite: replace `out`, and an interrupted run, if there is one. Memory: one decoder
-    block and its calibration inputs, both twice with drift correction. Raises QuantizationError for anything the user
-    can fix.
+    block and its calibration inputs, both twice with drift correction. Where torchrun has started several processes
+    they do it together, see `offline.ranks`. Raises QuantizationError for anything the user can fix.
     """
-    check_place(Path(out), model, resume=resume, overwrite=overwrite)
-    prepared = prepare(model, options)
-    with open_run(Path(out), prepared, options, resume=resume, overwrite=overwrite) as folder:
-        if not folder.is_complete:
-            folder.finish(_quantize_parts(prepared, folder, options))
-        return folder.publish()
+    with joined_ranks(options.resolve_device()) as ranks:
+        with ranks.together():
+            check_place(Path(out), model, resume=resume, overwrite=overwrite)
+            prepared = prepare(model, options, ranks)
+        with open_run(Path(out), prepared, options, resume=resume, overwrite=overwrite) as folder:
+            config = None if ranks.once(lambda: folder.is_complete) else _quantize_parts(prepared, folder, options)
+
+            def publish() -> Path:
+                if config is not None:
+                    folder.finish(config)
+                return folder.publish()
+
+            return ranks.once(publish)
 
 
 def _quantize_parts(prepared: Prepared, folder: RunFolder, options: QuantizeOptions) -> CheckpointConfig:
     """Quantize every part that the folder lacks; returns how the linears are stored."""
     linears = [name for part in prepared.blocks for name in part.linears]
-    with counting_progress() as progress:
+    with counting_progress(quiet=not prepared.ranks.is_first) as progress:
         sensitivity, plan = _sensitivity_and_plan(prepared, folder, options, progress) if linears else (None, [])
         outside = bits_outside(prepared.model, options)
         wanted = targets(linears, outside, plan, options)
-        if not all(folder.has(part) for part in prepared.parts):
+        done = prepared.ranks.once(lambda: {part.name for part in prepared.parts if folder.has(part)})
+        if len(done) < len(prepared.parts):
             budget = Budget(wanted, set(outside))
             with progress.phase("quantizing", len(wanted), "linears") as phase:
                 for note in prepared.model.notes():
                     phase.note(note)
                 embedding = _embedding(prepared, options)
-                run = _Run(prepared.model, options, folder, sensitivity, wanted, budget, phase, embedding)
+                run = _Run(prepared, options, folder, done, sensitivity, wanted, budget, phase, embedding)
                 walk(prepared.model, prepared.walked, prepared.inputs, _streams(prepared, run), run.visit)
     return _checkpoint_config(prepared, options, wanted)
 
@@ -140,41 +149,64 @@ def _sensitivity_and_plan(
     """Sensitivity to errors, and the plan where one is asked for; those of an interrupted run where there is one."""
     if not options.sensitivity:
         return None, []
-    model, inputs = prepared.model, prepared.inputs
-    plan = folder.read_plan()
+    model, inputs, ranks = prepared.model, prepared.inputs, prepared.ranks
+    plan = ranks.once(folder.read_plan)
     if plan is None:
-        folder.sensitivity.mkdir(exist_ok=True)
+        ranks.once(lambda: folder.sensitivity.mkdir(exist_ok=True))
         with progress.phase("measuring sensitivity", sensitivity_passes(model), "passes") as phase:
             sensitivity = measure_sensitivity(
-                model, inputs, options.seed, folder.sensitivity, phase.advance, phase.note
+                model, inputs, options.seed, folder.sensitivity, phase.advance, phase.note, ranks
             )
-        plan = []
+        forecasts = []
         if options.planned_rate is not None:
             blocks = prepared.blocks
             with progress.phase("planning", sum(len(part.linears) for part in blocks), "linears") as phase:
-                forecasts = forecast_model(model, blocks, inputs, sensitivity, options, phase.advance)
-            plan = make_plan(forecasts, options)
-        folder.write_plan(plan)
+                ranks.once(lambda: None)  # what the first has written is there
+                forecasts = forecast_model(model, blocks, inputs, sensitivity, options, phase.advance, ranks)
+
+        def write() -> list[PlannedLinear]:
+            made = make_plan(forecasts, options) if forecasts else []
+            folder.write_plan(made)
+            return made
+
+        plan = ranks.once(write)
     return Sensitivity(folder.sensitivity, model.blocks_name), plan
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A linear that this rank has quantized. seen: of an expert's."""
+
+    tensors: dict[str, Tensor]
+    report: LayerReport
+    seen: SeenByExpert | None
 
 
 @dataclass
 class _Run:
-    """What is done with each part: quantize it, or restore what an interrupted run made of it."""
+    """What is done with each part: quantize it, or restore what an interrupted run made of it. done: names of the parts
+    that it has made.
+    """
 
-    model: StreamedModel
+    prepared: Prepared
     options: QuantizeOptions
     folder: RunFolder
+    done: set[str]
     sensitivity: Sensitivity | None
     targets: dict[str, Target]
     budget: Budget
     phase: Phase
     embedding: str | None  # where it is to be quantized
 
+    @property
+    def ranks(self) -> Ranks:
+        """Those that quantize."""
+        return self.prepared.ranks
+
     def visit(self, part: Part, stage: Stage, original: Stage | None = None) -> None:
         """Give a stage its quantized weights. original: the same part of the original model, to correct drift by."""
         self.phase.at(part.name)
-        if self.folder.has(part):
+        if part.name in self.done:
             self._restore(part, stage.linears)
             self.phase.advance(len(part.linears))
         else:
@@ -184,40 +216,59 @@ class _Run:
         """Quantize an embedding, or restore it; what it gives for every token, [vocabulary, hidden].
 
         Its Hessian is the identity: the rows of a look-up are not summed, so that all features count alike, and so do
-        all rows, of which each token reads one. Nearest plane is then plain rounding.
+        all rows, of which each token reads one. Nearest plane is then plain rounding, which every rank does on its own.
         """
-        name = part.name
+        name, model = part.name, self.prepared.model
         self.phase.at(name)
         self.phase.advance()
-        if self.folder.has(part):
+        if name in self.done:
             return self._stored_weight(name, self.folder.read(part)).dequantize()
-        weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
+        weight = model.checkpoint.read(f"{name}.weight").to(model.device)
         factor = factorize(torch.eye(weight.shape[1], device=weight.device), self.options.column_order, 0.0)
-        quantized = self._encode(name, weight, Lattice(factor))
-        self.folder.write(
-            part, {f"{name}.{key}": tensor for key, tensor in quantized.tensors.items()}, [quantized.report]
-        )
+        quantized = self._encode(name, weight, Lattice(factor), self.budget)
+        if self.ranks.is_first:
+            tensors = {f"{name}.{key}": tensor for key, tensor in quantized.tensors.items()}
+            self.folder.write(part, tensors, [quantized.report])
         return quantized.weight.dequantize()
 
     def _quantize(self, part: Part, stage: Stage, original: Stage | None) -> None:
         """Quantize linears in the order in which they run, each group on the outputs of the groups before it."""
-        tensors: dict[str, Tensor] = {}
-        reports: list[LayerReport] = []
-        seen: dict[str, SeenByExpert] = {}
-        for group in factored_groups(stage, original, self._token_weights, self.options):
+        own: dict[str, _Made] = {}
+        order: list[str] = []
+        for each in rounds(stage, original, self._token_weights, self.options, self.ranks):
+            order.extend(each.linears)
+            self._quantize_round(each, own)
+        made = {name: linear for of_rank in self.ranks.collect(own) for name, linear in of_rank.items()}
+        if self.ranks.is_first:
+            self._write(part, stage, {name: made[name] for name in order})
+
+    def _quantize_round(self, each: Round, made: dict[str, _Made]) -> None:
+        """Quantize this rank's linears of a round, then exchange weights. What is left over is shared by its ranks."""
+        quantizing = set(each.owners.values())
+        budget, before = self.budget.share(len(quantizing)), len(made)
+        for group in each.groups:
             if group.factor.damping > self.options.damping:
                 names = ", ".join(group.linears)
                 self.phase.note(f"{names}: damping raised to {group.factor.damping:g}")
-            exponents = self._column_steps(group)
+            exponents = self._column_steps(group, budget)
             for name, linear in group.linears.items():
-                quantized = self._quantize_linear(name, group, exponents)
-                linear.weight.copy_(quantized.weight.dequantize())
-                self.budget.spend(quantized.report)
-                tensors |= {f"{name}.{key}": tensor for key, tensor in quantized.tensors.items()}
-                reports.append(quantized.report)
-                self.phase.advance()
-                if group.expert is not None:
-                    seen[name] = group.expert
+                if each.owners[name] == self.ranks.number:
+                    quantized = self._quantize_linear(name, group, budget, exponents)
+                    linear.weight.copy_(quantized.weight.dequantize())
+                    budget.spend(quantized.report)
+                    made[name] = _Made(quantized.tensors, quantized.report, group.expert)
+                    self.phase.advance()
+        for name, linear in each.linears.items():
+            self.ranks.take(linear.weight, each.owners[name])
+        left = self.ranks.exchange(budget.left_over)
+        self.budget.left_over = sum(left[rank] for rank in sorted(quantizing))
+        self.phase.advance(len(each.linears) - (len(made) - before))
+
+    def _write(self, part: Part, stage: Stage, made: dict[str, _Made]) -> None:
+        """Write a part's file and report; experts are compared with what is stored of them."""
+        tensors = {f"{n}.{key}": tensor for n, linear in made.items() for key, tensor in linear.tensors.items()}
+        reports = [linear.report for linear in made.values()]
+        seen = {name: linear.seen for name, linear in made.items() if linear.seen is not None}
         experts = [report_experts(each, seen) for each in stage.experts]
         for report in experts:
             if report.starved:
@@ -231,37 +282,44 @@ class _Run:
     def _token_weights(self, group: list[str]) -> Tensor | None:
         return self.sensitivity.shared_weights(group) if self.sensitivity else None
 
-    def _column_steps(self, group: Group) -> Tensor | None:
+    def _column_steps(self, group: Group, budget: Budget) -> Tensor | None:
         """Exponents of the columns' steps of linears that share an input, or None."""
         if self.options.format != "hptq" or not self.options.column_steps or group.expert is not None:
             return None  # experts share one kernel, which has no steps for the columns of each
         if self.embedding in group.linears:
             return None  # what is looked up has no input that could be scaled
         weights = {name: linear.weight for name, linear in group.linears.items()}
-        rates = [self.budget.next_rate(name, weight.numel()) for name, weight in weights.items()]
-        chosen = choose_column_steps(list(weights.values()), group.factor, rates, self.options.seed)
-        return None if chosen is None else chosen.exponents
+        rates = [budget.next_rate(name, weight.numel()) for name, weight in weights.items()]
 
-    def _quantize_linear(self, name: str, group: Group, column_exponents: Tensor | None) -> QuantizedLinear:
+        def choose() -> Tensor | None:
+            chosen = choose_column_steps(list(weights.values()), group.factor, rates, self.options.seed)
+            return None if chosen is None else chosen.exponents.cpu()
+
+        return self.ranks.once(choose)
+
+    def _quantize_linear(
+        self, name: str, group: Group, budget: Budget, column_exponents: Tensor | None
+    ) -> QuantizedLinear:
         rows = self.sensitivity.row_geometry(name) if self.sensitivity else None
         lattice = Lattice(group.factor, rows, self.options.row_paths)
         if group.expert is None:
-            weight = self.model.checkpoint.read(f"{name}.weight").to(self.model.device)
+            model = self.prepared.model
+            weight = model.checkpoint.read(f"{name}.weight").to(model.device)
         else:  # which the checkpoint may keep with others in one tensor
             weight = group.linears[name].weight.clone()
         if group.drift is not None:
             weight = corrected(weight, group.factor, group.drift)
-        return self._encode(name, weight, lattice, column_exponents)
+        return self._encode(name, weight, lattice, budget, column_exponents)
 
     def _encode(
-        self, name: str, weight: Tensor, lattice: Lattice, column_exponents: Tensor | None = None
+        self, name: str, weight: Tensor, lattice: Lattice, budget: Budget, column_exponents: Tensor | None = None
     ) -> QuantizedLinear:
         options, target = self.options, self.targets[name]
         if options.format == "hptq":
-            rate = self.budget.next_rate(name, weight.numel())
+            rate = budget.next_rate(name, weight.numel())
             return quantize_hptq(name, weight, lattice, rate, options.seed, column_exponents)
         if options.format == "trellis":
-            rate = self.budget.next_rate(name, weight.numel())
+            rate = budget.next_rate(name, weight.numel())
             return quantize_trellis(name, weight, lattice, rate, options.seed)
         return quantize_ssqr(name, weight, lattice, target.bits, options.group_size, target.overflow, options.seed)
 

@@ -9,15 +9,17 @@ from vllm_babai.offline.model.checkpoint import open_checkpoint
 from vllm_babai.offline.model.streamed import StreamedModel, open_streamed
 from vllm_babai.offline.model.walk import Inputs, Part, parts_of
 from vllm_babai.offline.options import QuantizeOptions
+from vllm_babai.offline.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model, what of it is to be quantized, and the inputs of its first block."""
+    """A model, what of it is to be quantized, and the inputs of its first block: of several ranks, this one's share."""
 
     model: StreamedModel
     parts: list[Part]
     inputs: Inputs
+    ranks: Ranks = ALONE
 
     @property
     def blocks(self) -> list[Part]:
@@ -35,8 +37,8 @@ class Prepared:
         return next((part for part in self.parts if part.is_lookup), None)
 
 
-def prepare(model: str | Path, options: QuantizeOptions) -> Prepared:
-    """Open a folder or hub model, and run its embedding over the calibration text.
+def prepare(model: str | Path, options: QuantizeOptions, ranks: Ranks = ALONE) -> Prepared:
+    """Open a folder or hub model, and run its embedding over the calibration text, this rank's share of it.
 
     Raises QuantizationError for anything the user can fix: a model or a text that does not suit, an option that does
     not suit the model.
@@ -47,8 +49,13 @@ def prepare(model: str | Path, options: QuantizeOptions) -> Prepared:
     parts = parts_of(streamed, options)
     tokenizer = load_tokenizer(checkpoint.folder)
     length = _sequence_length(options, streamed.positions)
+    if options.samples < ranks.count:
+        raise QuantizationError(
+            f"--samples {options.samples} are too few for {ranks.count} ranks: one each is the least"
+        )
     tokens = calibration_tokens(tokenizer, options.calibration, options.samples, length, options.seed)
-    return Prepared(streamed, parts, Inputs(tokens, *streamed.first_inputs(tokens)))
+    tokens = tokens[ranks.share(len(tokens))]
+    return Prepared(streamed, parts, Inputs(tokens, *streamed.first_inputs(tokens)), ranks)
 
 
 def _sequence_length(options: QuantizeOptions, positions: int) -> int:

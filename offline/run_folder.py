@@ -7,7 +7,7 @@ is meanwhile, and what becomes of it after a kill: `offline.model.place`.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from vllm_babai.format import CheckpointConfig
 from vllm_babai.offline.card import describe_base, write_card
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint
 from vllm_babai.offline.model.expert_report import ExpertsReport
-from vllm_babai.offline.model.place import Place, check_room, claim, partial_of
+from vllm_babai.offline.model.place import Place, check_room, claim, partial_of, place_of
 from vllm_babai.offline.model.walk import Part, part_file
 from vllm_babai.offline.model.writing import copy_companions, save_atomically, seal, write_index
 from vllm_babai.offline.options import QuantizeOptions
@@ -130,16 +130,23 @@ class RunFolder:
 def open_run(
     out: Path, prepared: Prepared, options: QuantizeOptions, *, resume: bool, overwrite: bool
 ) -> Iterator[RunFolder]:
-    """The run's folder, or that of an interrupted run, which no other process may have meanwhile.
+    """The run's folder, or that of an interrupted run, which no other process may have meanwhile but its own ranks: the
+    first claims it, the others read there.
 
     Raises QuantizationError like `place.claim`, and where the disk has too little room for the checkpoint.
     """
     checkpoint = prepared.model.checkpoint
     run = {"command": "quantize", "options": options.to_dict(), "model": _fingerprint(checkpoint)}
-    needed = _expected_bytes(prepared, options) + _sensitivity_bytes(prepared, options)
-    written = sum(path.stat().st_size for path in partial_of(out.resolve()).rglob("*") if path.is_file())
-    check_room(out.resolve().parent, needed - written * resume, "the checkpoint, with what the run keeps meanwhile,")
-    with claim(out, checkpoint.folder, run, resume=resume, overwrite=overwrite) as place:
+    with ExitStack() as claimed:
+        with prepared.ranks.together():
+            if prepared.ranks.is_first:
+                needed = _expected_bytes(prepared, options) + _sensitivity_bytes(prepared, options)
+                written = sum(path.stat().st_size for path in partial_of(out.resolve()).rglob("*") if path.is_file())
+                what = "the checkpoint, with what the run keeps meanwhile,"
+                check_room(out.resolve().parent, needed - written * resume, what)
+                place = claimed.enter_context(claim(out, checkpoint.folder, run, resume=resume, overwrite=overwrite))
+        if not prepared.ranks.is_first:
+            place = place_of(out, run)
         yield RunFolder(place, checkpoint, prepared.parts, options)
 
 
@@ -155,7 +162,7 @@ def _sensitivity_bytes(prepared: Prepared, options: QuantizeOptions) -> int:
     if not options.sensitivity:
         return 0
     linears = (linear for part in prepared.blocks for linear in part.linears_of(prepared.model).values())
-    tokens = prepared.inputs.hidden.shape[:2].numel()
+    tokens = prepared.inputs.hidden.shape[:2].numel() * prepared.ranks.count
     return sum(4 * (linear.out_features * ROW_BLOCK + tokens) for linear in linears)
 
 

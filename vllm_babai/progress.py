@@ -117,14 +117,19 @@ def _clock(seconds: float | None) -> str:
 
 
 def counting_progress(
-    unit: str = "", console: Console | None = None, *, log_seconds: float = LOG_SECONDS, **options: Any
+    unit: str = "",
+    console: Console | None = None,
+    *,
+    log_seconds: float = LOG_SECONDS,
+    quiet: bool = False,
+    **options: Any,
 ) -> CountingProgress:
     """Progress of tasks that are counted in `unit`, on stderr unless a console is given; options: of rich's Progress.
 
-    Standard output stays free for results, which may be JSON.
+    Standard output stays free for results, which may be JSON. quiet: nothing is shown.
     """
     options.setdefault("speed_estimate_period", SPEED_SECONDS)
-    return CountingProgress(unit, console or Console(stderr=True, soft_wrap=True), log_seconds, **options)
+    return CountingProgress(unit, console or Console(stderr=True, soft_wrap=True, quiet=quiet), log_seconds, **options)
 
 
 def uncounted() -> None:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.call import Call, newly_left, run_block
+from vllm_babai.offline.ranks import ALONE, Ranks
 from vllm_babai.offline.solver.drift import Drift
 
 BATCH_TOKENS = 2048  # a choice: enough to fill a device, few enough that activations are small beside a block
@@ -117,11 +118,13 @@ def moments(
     quantized: Iterable[Mapping[str, Seen]],
     original: Iterable[Mapping[str, Seen]] | None,
     token_weights: Mapping[str, Tensor | None],
+    ranks: Ranks = ALONE,
 ) -> dict[str, Moments]:
     """Linear → moments of its inputs, from what `seen_by` gives of one model, or of both for the same batches.
 
     token_weights: linear → how much each token counts, w of mean 1, [sequences, length]; None: all the same. float32
     sums of products of a few thousand tokens each lose no more than 1e-6 of an entry's size, far below the damping.
+    ranks: whose tokens count; each gives those of its own sequences, and gets the moments of all.
     Raises QuantizationError that names the linear when an activation is NaN or Inf.
     """
     sums = {linear: _Sums(weights) for linear, weights in token_weights.items()}
@@ -129,7 +132,7 @@ def moments(
     for seen, wanted in pairs:
         for linear, own in sums.items():
             own.add(seen[linear], None if wanted is None else wanted[linear])
-    return {linear: own.moments(linear) for linear, own in sums.items()}
+    return {linear: own.over(ranks).moments(linear) for linear, own in sums.items()}
 
 
 class _Sums:
@@ -168,6 +171,13 @@ class _Sums:
         for total, gap in zip(self.gaps, gaps, strict=True):
             for half, part in enumerate((slice(0, middle), slice(middle, None))):
                 total[half].addmm_(gap[part].T, right[part])
+
+    def over(self, ranks: Ranks) -> "_Sums":
+        """These sums over the tokens of all ranks."""
+        self.tokens = sum(ranks.exchange(self.tokens))
+        for total in (self.hessian, *self.gaps):
+            ranks.total(total)
+        return self
 
     def moments(self, linear: str) -> Moments:
         """Means over the tokens. Raises QuantizationError that names the linear for NaN or Inf."""

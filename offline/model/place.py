@@ -127,7 +127,7 @@ def claim(
     and when an interrupted run is there that is not to be continued, was another, or is still running.
     """
     out = check_place(out, source, resume=resume, overwrite=overwrite)
-    place = Place(out, partial_of(out), _replaced(out), run)
+    place = place_of(out, run)
     earlier = _read_run(place.folder)
     goes_on = resume and bool(earlier)
     if goes_on:
@@ -144,6 +144,12 @@ def claim(
         if not goes_on:
             _start_afresh(place)
         yield place
+
+
+def place_of(out: Path, run: dict[str, Any]) -> Place:
+    """The place of a command that makes OUT, unclaimed."""
+    out = out.resolve()
+    return Place(out, partial_of(out), _replaced(out), run)
 
 
 def made_by_babai(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.call import Call, run_block
 from vllm_babai.offline.model.capture import BATCH_TOKENS, Moments, Seen, batches, moments, of_mean_one
 from vllm_babai.offline.model.experts import Expert, Experts, Routed, routed
+from vllm_babai.offline.ranks import ALONE, Ranks
 from vllm_babai.offline.solver.shrink import shrunk
 
 # Where an expert has seen this many tokens for each of its columns, its own Hessian is taken as it is, which saves the
@@ -75,20 +76,24 @@ def routed_tokens(run: Pass) -> Routed:
 
 
 @torch.no_grad()
-def expert_moments(run: Pass, original: Pass | None = None, *, token_weights: TokenWeights) -> Iterator[Found]:
+def expert_moments(
+    run: Pass, original: Pass | None = None, *, token_weights: TokenWeights, ranks: Ranks = ALONE
+) -> Iterator[Found]:
     """Of each expert: its gate and up with the moments of their input, then its down; and what it has seen.
 
     The caller may have quantized gate and up when it asks for down, whose input is made with them. original: of the
     original model, to learn the drift from at the same tokens, whatever their way in it. token_weights: how much each
     token [sequences, length] counts for linears of one input; None: the square of the weight that the router gives it,
-    as it stands in the loss.
+    as it stands in the loss. ranks: every one gets the tokens of all, and has some of the experts, see `expert_owner`.
     """
-    here = routed_tokens(run)
-    there = None if original is None else routed_tokens(original).inputs
+    here = Routed(*map(ranks.joined, routed_tokens(run)))
+    there = None if original is None else ranks.joined(routed_tokens(original).inputs)
     device = next(run.block.parameters()).device
     squares = here.weights.float().square()
     pooled = _hessian(here.inputs, squares.sum(1), device)
     for number, names in enumerate(run.experts.names):
+        if expert_owner(number, ranks.count) != ranks.number:
+            continue
         expert = run.experts.expert(number)
         token, slot = torch.where(here.chosen == number)
         inputs = here.inputs[token]
@@ -106,6 +111,11 @@ def expert_moments(run: Pass, original: Pass | None = None, *, token_weights: To
         layer = partial(_pooled_inner, expert, here, device)
         own, share = _mixed(list(down), inputs, wanted, weights, layer, device)
         yield down, own, SeenByExpert(len(token), share)
+
+
+def expert_owner(number: int, ranks: int) -> int:
+    """The rank, of so many, that quantizes the expert of that number."""
+    return number % ranks
 
 
 def _weights(token_weights: TokenWeights, linears: list[str], token: Tensor, squares: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from vllm_babai.errors import QuantizationError
 from vllm_babai.offline.model.call import Call
 from vllm_babai.offline.model.capture import Moments, Seen, added_linears, advance, moments, seen_by, shared_inputs
 from vllm_babai.offline.model.experts import Experts
-from vllm_babai.offline.model.routed import Pass, SeenByExpert, expert_moments
+from vllm_babai.offline.model.routed import Pass, SeenByExpert, expert_moments, expert_owner
 from vllm_babai.offline.model.streamed import StreamedModel
 from vllm_babai.offline.options import QuantizeOptions
+from vllm_babai.offline.ranks import ALONE, Ranks, owners
 from vllm_babai.offline.solver.drift import Drift
 from vllm_babai.offline.solver.factor import Factor, factorize
 
@@ -92,6 +93,20 @@ class Group:
     factor: Factor
     drift: Drift | None
     expert: SeenByExpert | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """Linears that ranks quantize side by side, to exchange them before the next round: those of one group, or a
+    layer's experts.
+
+    linears: by full name. owners: full name → rank that quantizes it. groups: those that this rank has linears of, and
+    the others of a round of one group.
+    """
+
+    linears: dict[str, nn.Linear]
+    owners: dict[str, int]
+    groups: Iterator[Group]
 
 
 def parts_of(model: StreamedModel, options: QuantizeOptions) -> list[Part]:
@@ -190,32 +205,40 @@ def _advance(stages: list[Stage], device: torch.device) -> None:
         advance(stage.module, stage.hidden, stage.call, device)
 
 
-def factored_groups(
+def rounds(
     stage: Stage,
     original: Stage | None,
     token_weights: TokenWeights,
     options: QuantizeOptions,
+    ranks: Ranks = ALONE,
     *,
     at_once: bool = False,
-) -> Iterator[Group]:
+) -> Iterator[Round]:
     """The groups of a stage's linears in the order in which they are called; those of experts come last.
 
     original: the same part of the original model, to learn the drift from; None: it is not captured. token_weights:
-    how much each token counts for linears of one input. at_once: capture all groups in one pass; else each group is
-    captured when the caller is done with the one before, whose linears it may have quantized. Raises QuantizationError
-    that names the linears when activations are not finite or their Hessian cannot be factored.
+    how much each token of all ranks counts for linears of one input. at_once: capture all groups in one pass; else each
+    is captured when the caller is done with the round before, whose linears it may have quantized. Raises
+    QuantizationError that names the linears when activations are not finite or their Hessian cannot be factored.
     """
     of_experts = {name for experts in stage.experts for names in experts.names for name in names.values()}
     ordinary = {name: linear for name, linear in stage.linears.items() if name not in of_experts}
     groups = shared_inputs(stage.module, ordinary, stage.hidden[:1].to(_device(stage)), stage.call)
     for some in [groups] if at_once and groups else [[group] for group in groups]:
-        found = _capture(stage, original, {group[0]: token_weights(group) for group in some})
+        found = _capture(stage, original, {group[0]: token_weights(group) for group in some}, ranks)
         for group in some:
-            yield _factored({name: stage.linears[name] for name in group}, found.pop(group[0]), options)
-    for index in range(len(stage.experts)):
+            linears = {name: stage.linears[name] for name in group}
+            by_rank = owners({name: linear.weight.numel() for name, linear in linears.items()}, ranks.count)
+            yield Round(linears, by_rank, iter([_factored(linears, found.pop(group[0]), options)]))
+    for index, experts in enumerate(stage.experts):
         passes = [Pass(each.module, each.experts[index], each.hidden, each.call) for each in (stage, original) if each]
-        for linears, own, seen_by_expert in expert_moments(*passes, token_weights=token_weights):
-            yield _factored(linears, own, options, seen_by_expert)
+        of_experts_here = (
+            _factored(linears, own, options, seen_by_expert)
+            for linears, own, seen_by_expert in expert_moments(*passes, token_weights=token_weights, ranks=ranks)
+        )
+        numbered = enumerate(experts.names)
+        by_rank = {name: expert_owner(number, ranks.count) for number, names in numbered for name in names.values()}
+        yield Round({name: stage.linears[name] for name in by_rank}, by_rank, of_experts_here)
 
 
 def _factored(
@@ -228,18 +251,21 @@ def _factored(
     return Group(linears, factor, own.drift, expert)
 
 
-def _capture(stage: Stage, original: Stage | None, token_weights: dict[str, Tensor | None]) -> dict[str, Moments]:
+def _capture(
+    stage: Stage, original: Stage | None, token_weights: dict[str, Tensor | None], ranks: Ranks
+) -> dict[str, Moments]:
     """Moments of the linears that `token_weights` names, of each group one."""
+    token_weights = {name: w if w is None else w[ranks.share(len(w))] for name, w in token_weights.items()}
 
     def seen(of: Stage, added: Collection[str] = ()) -> Iterator[dict[str, Seen]]:
         linears = {name: of.linears[name] for name in token_weights}
         return seen_by(of.module, linears, of.hidden, of.call, added)
 
     if original is None:
-        return moments(seen(stage), None, token_weights)
+        return moments(seen(stage), None, token_weights, ranks)
     linears = {name: stage.linears[name] for name in token_weights}
     added = added_linears(stage.module, linears, stage.hidden, stage.call)
-    return moments(seen(stage, added), seen(original, added), token_weights)
+    return moments(seen(stage, added), seen(original, added), token_weights, ranks)
 
 
 def _device(stage: Stage) -> torch.device:

@@ -1,7 +1,7 @@
 """What every linear of a run is asked to be, and the bits that are left for the next."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -72,6 +72,10 @@ class Budget:
             return rate
         correction = self.left_over / weights / rate
         return rate * (1 + min(max(correction, -MAX_CORRECTION), MAX_CORRECTION))
+
+    def share(self, ranks: int) -> "Budget":
+        """What one of so many ranks starts from that quantize side by side."""
+        return replace(self, left_over=self.left_over / ranks)
 
     def spend(self, report: LayerReport) -> None:
         """Account for a quantized linear."""

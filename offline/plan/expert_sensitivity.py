@@ -74,9 +74,9 @@ class ExpertGradients:
             part = by_row[:, first : first + self.row_block]
             self.down[first : first + self.row_block, : part.shape[1]].addmm_(part.T, part)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What the functions below read, by names that begin with that of the experts."""
-        count, name = self.tokens.numel(), self.experts.name
+    def tensors(self, count: int) -> dict[str, Tensor]:
+        """What the functions below read, by names that begin with that of the experts; count: of all tokens."""
+        name = self.experts.name
         found = {f"{name}.{key}": value.view(*self.tokens, -1) for key, value in self.squares.items()}
         found |= {f"{name}.{role}.rows": rows / count for role, rows in self.rows.items()}
         return found | {f"{name}.down.rows": (self.down / count).cpu()}

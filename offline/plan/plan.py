@@ -13,10 +13,11 @@ from vllm_babai.format.config import layer_name
 from vllm_babai.format.trellis.blob import stored_bits
 from vllm_babai.offline.model.served import fused_with
 from vllm_babai.offline.model.streamed import StreamedModel
-from vllm_babai.offline.model.walk import Inputs, Part, Stage, factored_groups, walk
+from vllm_babai.offline.model.walk import Group, Inputs, Part, Stage, rounds, walk
 from vllm_babai.offline.options import QuantizeOptions
 from vllm_babai.offline.plan.forecast import OCTAVES, Forecast, forecast
 from vllm_babai.offline.plan.sensitivity import Sensitivity
+from vllm_babai.offline.ranks import ALONE, Ranks
 from vllm_babai.offline.scales.column_steps import choose_column_steps
 from vllm_babai.offline.scales.tiles import allocate
 from vllm_babai.offline.solver.factor import Factor
@@ -53,26 +54,35 @@ def forecast_model(
     sensitivity: Sensitivity,
     options: QuantizeOptions,
     tick: Tick = uncounted,
+    ranks: Ranks = ALONE,
 ) -> list[Forecast]:
     """Forecast every linear that is to be quantized, from the original model's activations; one block in memory.
 
-    tick: called once for every linear.
+    tick: called once for every linear. ranks: each forecasts the linears that it would quantize, and gets all.
     """
-    forecasts: list[Forecast] = []
+    own: dict[str, Forecast] = {}
+    order: list[str] = []
 
-    def visit(_: Part, stage: Stage) -> None:
-        for group in factored_groups(stage, None, sensitivity.shared_weights, options, at_once=True):
-            weights = [linear.weight for linear in group.linears.values()]
-            errors = [1.0] * len(weights)
-            if group.expert is None:
-                errors = _errors_by_columns(weights, group.factor, options)
-            for name, weight, by_columns in zip(group.linears, weights, errors, strict=True):
+    def add(group: Group, owners: dict[str, int]) -> None:
+        weights = [linear.weight for linear in group.linears.values()]
+        errors = [1.0] * len(weights)
+        if group.expert is None:
+            errors = _errors_by_columns(weights, group.factor, options)
+        for name, weight, by_columns in zip(group.linears, weights, errors, strict=True):
+            if owners[name] == ranks.number:
                 lattice = Lattice(group.factor, sensitivity.row_geometry(name), options.paths)
-                forecasts.append(forecast(name, weight, lattice, options.seed, by_columns))
+                own[name] = forecast(name, weight, lattice, options.seed, by_columns)
                 tick()
 
+    def visit(_: Part, stage: Stage) -> None:
+        for each in rounds(stage, None, sensitivity.shared_weights, options, ranks, at_once=True):
+            order.extend(each.linears)
+            for group in each.groups:
+                add(group, each.owners)
+
     walk(model, blocks, inputs, [inputs.hidden.clone()], visit)
-    return forecasts
+    every = {name: found for of_rank in ranks.exchange(own) for name, found in of_rank.items()}
+    return [every[name] for name in order]
 
 
 def _errors_by_columns(weights: list[Tensor], factor: Factor, options: QuantizeOptions) -> list[float]:

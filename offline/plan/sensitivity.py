@@ -36,6 +36,7 @@ from vllm_babai.offline.plan.expert_sensitivity import (
     is_of_expert,
 )
 from vllm_babai.offline.plan.waiting import WaitingInputs
+from vllm_babai.offline.ranks import ALONE, Ranks
 from vllm_babai.offline.solver.row_geometry import ROW_DAMPING, RowGeometry, independent_rows, row_geometry
 from vllm_babai.progress import Tick, uncounted
 
@@ -95,16 +96,18 @@ def measure_sensitivity(
     folder: Path,
     tick: Tick = uncounted,
     note: Callable[[str], object] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Sensitivity:
     """Run the original model forwards and backwards over the calibration tokens; results go to `folder`.
 
     tick: called `sensitivity_passes` times, whenever a block or the head is done. note: called first with a line on the
-    memory or disk that the pass will take. Raises QuantizationError where there is too little of both.
+    memory or disk that the pass will take. ranks: of each, `inputs` are its own; the first writes what they find
+    together. Raises QuantizationError where there is too little of both.
     """
     hidden, calls = inputs.hidden.clone(), []
     left: dict[Hashable, Any] = {}  # by blocks for later ones
     with TemporaryDirectory(dir=folder) as spill:
-        waiting = WaitingInputs.plan(hidden, len(model.blocks), Path(spill))
+        waiting = WaitingInputs.plan(hidden, len(model.blocks), Path(spill), ranks.on_host)
         if note is not None:
             note(str(waiting))
         for index in range(len(model.blocks)):
@@ -112,14 +115,16 @@ def measure_sensitivity(
             calls.append(inputs.calls[index].of(dict(left)))
             advance(model.load_block(index), hidden, inputs.calls[index].of(left), model.device)
             tick()
-        gradient, variances = _head_gradient(model, inputs.tokens, hidden, seed)
-        save_atomically(folder / HEAD, {"rows": variances})
+        gradient, variances = _head_gradient(model, inputs.tokens, hidden, seed, ranks)
+        if ranks.is_first:
+            save_atomically(folder / HEAD, {"rows": variances})
         tick()
         left_gradients: LeftGradients = {}
         for index in reversed(range(len(model.blocks))):
             hidden = waiting.take(index)
-            found = _block_backward(model, index, hidden, gradient, calls[index], left_gradients)
-            save_atomically(_file(folder, index), found)
+            found = _block_backward(model, index, hidden, gradient, calls[index], left_gradients, ranks)
+            if ranks.is_first:
+                save_atomically(_file(folder, index), found)
             tick()
     return Sensitivity(folder, model.blocks_name)
 
@@ -146,12 +151,16 @@ def _file(folder: Path, index: int) -> Path:
     return folder / f"{index:05}.safetensors"
 
 
-def _head_gradient(model: StreamedModel, tokens: Tensor, hidden: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def _head_gradient(
+    model: StreamedModel, tokens: Tensor, hidden: Tensor, seed: int, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
     """Gradient of the summed loss by the outputs of the last block, [sequences, length, hidden], and the mean square of
     that by every logit, p(1 − p) on average over labels, float32 [vocabulary].
 
-    A sequence at a time: logits over a large vocabulary are the largest tensors of the pass.
+    A sequence at a time: logits over a large vocabulary are the largest tensors of the pass. Labels do not depend on
+    the number of ranks: each draws as often as the ranks before it, first.
     """
+    before = sum(ranks.exchange(len(tokens))[: ranks.number])
     head = model.load_head()
     generator = torch.Generator(model.device).manual_seed(seed)
     gradient, variances = torch.empty_like(hidden), torch.zeros(())
@@ -159,15 +168,23 @@ def _head_gradient(model: StreamedModel, tokens: Tensor, hidden: Tensor, seed: i
         outputs = hidden[index : index + 1].to(model.device).requires_grad_()
         log_p = torch.log_softmax(head(sequence[None].to(model.device), outputs).float(), -1)[0]
         p = log_p.detach().exp()
+        for _ in range(before if index == 0 else 0):
+            torch.multinomial(p, 1, generator=generator)
         variances = variances + (p - p.square()).sum(0).cpu()
         labels = torch.multinomial(p, 1, generator=generator)
         (by_outputs,) = torch.autograd.grad(-log_p.gather(1, labels).sum(), outputs)
         gradient[index] = by_outputs[0].to(gradient.device)
-    return gradient, variances / tokens.numel()
+    return gradient, ranks.total(variances) / sum(ranks.exchange(tokens.numel()))
 
 
 def _block_backward(
-    model: StreamedModel, index: int, hidden: Tensor, gradient: Tensor, call: Call, left_gradients: LeftGradients
+    model: StreamedModel,
+    index: int,
+    hidden: Tensor,
+    gradient: Tensor,
+    call: Call,
+    left_gradients: LeftGradients,
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
     """Take the gradients from a block's outputs to its inputs, in place; what `Sensitivity` reads of its linears.
 
@@ -213,11 +230,11 @@ def _block_backward(
         _add(left_gradients, read, by_read, window, len(hidden))
     for key in written:  # by the last batch, as by every one
         left_gradients.pop(key, None)
-    count = hidden.shape[:2].numel()
+    count = sum(ranks.exchange(hidden.shape[:2].numel()))
     found = {f"{n}.tokens": t for n, t in tokens.items()} | {f"{n}.rows": (t / count).cpu() for n, t in rows.items()}
     for each in every_experts:
-        found |= each.tensors()
-    return found
+        found |= each.tensors(count)
+    return {n: ranks.total(t) if n.endswith(".rows") else ranks.joined(t) for n, t in found.items()}
 
 
 def _cut(gradients: LeftGradients, left: Mapping[Hashable, Any], window: slice) -> Iterator[Tensor]:

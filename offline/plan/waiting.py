@@ -29,12 +29,13 @@ class WaitingInputs:
     _kept: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def plan(cls, hidden: Tensor, blocks: int, folder: Path) -> "WaitingInputs":
+    def plan(cls, hidden: Tensor, blocks: int, folder: Path, processes: int = 1) -> "WaitingInputs":
         """Decide where they wait, before anything is computed. Raises QuantizationError where no place is large enough.
 
-        hidden: inputs of the first block; all are as large.
+        hidden: inputs of the first block; all are as large. processes: that share the memory and the disk, with as much
+        to keep each.
         """
-        size = blocks * hidden.nbytes
+        size = processes * blocks * hidden.nbytes
         memory, disk = available_memory(), shutil.disk_usage(folder).free
         if size <= SHARE_OF_MEMORY * memory:
             return cls(size, None)

@@ -23,6 +23,7 @@ FLOORS = (
     "vllm_babai.triton_kernels.tuning.",
     "vllm_babai.plugin.",
     "vllm_babai.offline.solver.",
+    "vllm_babai.offline.ranks",
     "vllm_babai.offline.options",
     "vllm_babai.offline.scales.",
     "vllm_babai.offline.model.",
