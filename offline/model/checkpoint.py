@@ -88,6 +88,12 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     )
 
 
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json without the quantization_config of the model, or of the language model in it."""
+    inner = {key: without_quantization(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: value for key, value in inner.items() if key != "quantization_config"}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises QuantizationError that names the file."""
     refuse_pointer(path)

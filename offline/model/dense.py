@@ -13,8 +13,8 @@ from vllm_babai.format import FORMATS, FormatError, Weight
 from vllm_babai.format.config import QUANT_METHOD
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
 from vllm_babai.offline.model.complete import check_complete
-from vllm_babai.offline.model.fp8 import open_source
 from vllm_babai.offline.model.skeleton import architecture, load_config
+from vllm_babai.offline.model.source import open_source
 from vllm_babai.offline.model.view import gather, stored_names
 
 Stored = tuple[str, Weight, dict[str, Tensor], tuple[int, int] | None]
@@ -77,7 +77,7 @@ def dense_tensors(checkpoint: Checkpoint, names: list[str] | None = None) -> Ite
 
 
 def load_dense(folder: str | Path, device: torch.device) -> nn.Module:
-    """A checkpoint, dense, in FP8 or quantized by babai, as a transformers model in float32 and eval mode.
+    """A checkpoint, dense, in FP8, MXFP4 or quantized by babai, as a transformers model in float32 and eval mode.
 
     Raises QuantizationError like `dense_tensors`, and for a model that does not predict the next token.
     """

@@ -8,24 +8,15 @@ kv_a_proj_with_mqa of DeepSeek, of 576 rows. Products are made in float32, and r
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_babai.errors import QuantizationError
-from vllm_babai.offline.model.checkpoint import Checkpoint
+from vllm_babai.offline.model.checkpoint import Checkpoint, without_quantization
 
 SCALE = "_scale_inv"
 BESIDE_WEIGHTS = (SCALE, "activation_scale", "input_scale")  # what only a product in FP8 needs
-NAMES = {
-    "awq": "AWQ",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
-    "gptq": "GPTQ",
-    "modelopt": "ModelOpt (FP8 or NVFP4)",
-    "mxfp4": "MXFP4",
-}
 
 
 @dataclass(frozen=True)
@@ -61,38 +52,14 @@ class Fp8Checkpoint(Checkpoint):
 
     def config(self) -> dict:
         """config.json without the quantization that `read` undoes."""
-        return {
-            key: {k: v for k, v in value.items() if k != "quantization_config"} if isinstance(value, dict) else value
-            for key, value in super().config().items()
-            if key != "quantization_config"
-        }
+        return without_quantization(super().config())
 
 
-def open_source(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as the quantizer reads it: in floating point.
-
-    Raises QuantizationError that names the format of a checkpoint which is already quantized, unless it is FP8.
-    """
-    quantization = quantization_of(checkpoint)
-    if quantization is None:
-        return checkpoint
-    method = quantization.get("quant_method")
-    if method != "fp8":
-        name = NAMES.get(str(method), method)
-        raise QuantizationError(
-            f"{checkpoint.folder} is already quantized ({name}); start from the original weights, in bf16 or FP8"
-        )
-    block = quantization.get("weight_block_size")
+def open_fp8(checkpoint: Checkpoint, block: list[int] | None) -> Fp8Checkpoint:
+    """A checkpoint that holds weights in FP8. block: its `weight_block_size`."""
     scales = {name.removesuffix(SCALE): file for name, file in checkpoint.files.items() if name.endswith(SCALE)}
     files = {name: file for name, file in checkpoint.files.items() if not name.endswith(BESIDE_WEIGHTS)}
     return Fp8Checkpoint(checkpoint.folder, files, scales, None if block is None else (int(block[0]), int(block[1])))
-
-
-def quantization_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint or of the language model in it; None where there is none."""
-    config = checkpoint.config()
-    every = (config, *(value for value in config.values() if isinstance(value, dict)))
-    return next((one["quantization_config"] for one in every if one.get("quantization_config")), None)
 
 
 def dequantize_fp8(weight: Tensor, scales: Tensor, block: tuple[int, int] | None) -> Tensor:

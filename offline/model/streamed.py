@@ -21,9 +21,9 @@ from vllm_babai.offline.model.capture import batches
 from vllm_babai.offline.model.checkpoint import Checkpoint
 from vllm_babai.offline.model.embedding import embedding_module, is_tied
 from vllm_babai.offline.model.experts import Experts, check_experts, find_experts, refuse_unknown_experts
-from vllm_babai.offline.model.fp8 import open_source
 from vllm_babai.offline.model.served import fused_with, stays_dense
 from vllm_babai.offline.model.skeleton import architecture, load_config
+from vllm_babai.offline.model.source import open_source
 from vllm_babai.offline.model.trial import Tried, try_blocks, without
 from vllm_babai.offline.model.view import CheckpointView, view_checkpoint
 
@@ -339,8 +339,8 @@ def join(*names: str) -> str:
 def open_streamed(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> StreamedModel:
     """Build the model on the meta device, find its decoder blocks and see them run.
 
-    Raises QuantizationError for a model that is quantized already (other than in FP8), is not a causal LM of a known
-    type, has no list of decoder blocks, holds experts of an unknown kind, or whose blocks do not run one by one.
+    Raises QuantizationError for a model that is quantized already (other than in FP8 or MXFP4), is not a causal LM of a
+    known type, has no list of decoder blocks, holds experts of an unknown kind, or whose blocks do not run one by one.
     """
     source = open_source(checkpoint)
     try:

@@ -12,7 +12,8 @@ from torch import Tensor
 from vllm_babai.offline import QuantizationError, QuantizeOptions, quantize
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
 from vllm_babai.offline.model.dense import load_dense
-from vllm_babai.offline.model.fp8 import dequantize_fp8, open_source
+from vllm_babai.offline.model.fp8 import dequantize_fp8
+from vllm_babai.offline.model.source import open_source
 
 
 def by_hand(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
@@ -95,7 +96,17 @@ def test_scales_that_do_not_fit(tensors: dict[str, Tensor], message: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [("gptq", "GPTQ"), ("compressed-tensors", "compressed-tensors"), ("new", "new")]
+    ("method", "name"),
+    [
+        ("awq", "AWQ"),
+        ("bitsandbytes", "bitsandbytes"),
+        ("compressed-tensors", "compressed-tensors"),
+        ("gguf", "GGUF"),
+        ("gptq", "GPTQ"),
+        ("modelopt", r"ModelOpt \(FP8 or NVFP4\)"),
+        ("modelopt_fp4", r"ModelOpt \(NVFP4\)"),
+        ("new", "new"),
+    ],
 )
 def test_other_formats_are_refused_by_name(method: str, name: str, tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path, {"up.qweight": torch.ones(2)}, {"quant_method": method})
