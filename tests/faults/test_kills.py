@@ -63,10 +63,14 @@ def interrupted_at(step: int) -> Iterator[None]:
 
         return changed
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
-            patch.setattr(f"os.{name}", counted(getattr(os, name)))
-        yield
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+                patch.setattr(f"os.{name}", counted(getattr(os, name)))
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.long)])
