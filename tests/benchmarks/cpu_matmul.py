@@ -1,25 +1,29 @@
 """Speed of one linear layer on the CPU: `python tests/benchmarks/cpu_matmul.py [--threads 2]`.
 
-Times `babai::matmul` with 1% overflow at every width against a bfloat16 matmul, vLLM's own 4-bit kernel
-(`cpu_gemm_wna16`) and PyTorch's (`_weight_int4pack_mm_for_cpu`), all with bfloat16 activations: CPU time on one thread,
-which other processes disturb least, else wall time. Every result is checked against float32 first. Speed-ups are
-against bfloat16. vLLM's kernel is left out where its build for this CPU has none (without AVX-512).
+Times `babai::matmul` with 1% overflow at every width, and the trellis, against a bfloat16 matmul, vLLM's own 4-bit
+kernel (`cpu_gemm_wna16`) and PyTorch's (`_weight_int4pack_mm_for_cpu`), all with bfloat16 activations: CPU time on one
+thread, which other processes disturb least, else wall time. Every result is checked against float32 first. Speed-ups
+are against bfloat16. vLLM's kernel is left out where its build for this CPU has none (without AVX-512).
 """
 
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from harness import Median, command_line, ratio, report, table, time_rounds
 from torch import Tensor
 from torch.nn.functional import linear
 
-from vllm_babai.format import BIT_WIDTHS, SSQR, LatticeWeight, decode_overflow, integer_range
+from vllm_babai.format import BIT_WIDTHS, SSQR, LatticeWeight, TrellisWeight, decode_overflow, integer_range
+from vllm_babai.format.trellis.code import TILE_COLUMNS, TILE_ROWS
+from vllm_babai.format.trellis.window import cut_window
 from vllm_babai.ops.backends import backend
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # out, in
 OVERFLOW = 0.01
 GROUP_SIZE = 128  # of the peers
+TRELLIS_BITS = (2, 3)
 SECONDS = 0.2  # for each kernel, if the rounds asked for take less
 
 Kernel = Callable[[Tensor], Tensor]
@@ -42,6 +46,18 @@ def babai_kernel(weight: LatticeWeight, bits: int) -> Kernel:
     )
     backend("cpu").warm_up(layout, bits, in_features, out_features, torch.bfloat16)
     return lambda x: torch.ops.babai.matmul(x, *layout, bits, out_features)
+
+
+def trellis_kernel(out_features: int, in_features: int, bits: int) -> tuple[Kernel, Tensor]:
+    """A trellis of any words with as many bits in each tile, and the float32 weight that it stands for."""
+    rates = np.full((out_features // TILE_ROWS, in_features // TILE_COLUMNS), 2 * bits, np.uint8)
+    words = np.random.default_rng(0).integers(0, 1 << 32, int(rates.sum(dtype=int)) * TILE_ROWS, np.uint32)
+    exponents = np.zeros(out_features, np.uint8)
+    weight = TrellisWeight((out_features, in_features), rates, np.arange(out_features), 0.02, exponents, words)
+    window = cut_window(weight, slice(0, out_features), slice(0, in_features))
+    layout = backend("cpu").trellis_layout(window, torch.device("cpu"))
+    backend("cpu").warm_up_trellis(layout, in_features, torch.bfloat16)
+    return partial(backend("cpu").multiply_trellis, trellis=layout), weight.dequantize()
 
 
 def vllm_has_kernel() -> bool:
@@ -89,6 +105,8 @@ def kernels_for(out_features: int, in_features: int, groups: int) -> dict[str, t
             if vllm_has_kernel():
                 kernels["vllm 4"] = vllm_kernel(fields.int() + 8, weight.scales), clamped
             kernels["torch 4"] = torch_kernel(fields.int() + 8, weight.scales), clamped
+    for bits in TRELLIS_BITS:
+        kernels[f"trellis {bits}"] = trellis_kernel(out_features, in_features, bits)
     return kernels
 
 
@@ -110,7 +128,7 @@ def main() -> None:
     torch.manual_seed(0)
     results = []
     peers = ["bf16", *(["vllm 4"] if vllm_has_kernel() else []), "torch 4"]
-    names = [*peers, *(f"babai {bits}" for bits in BIT_WIDTHS)]
+    names = [*peers, *(f"babai {bits}" for bits in BIT_WIDTHS), *(f"trellis {bits}" for bits in TRELLIS_BITS)]
     title = f"milliseconds (speed-up against bf16), {options.threads} thread(s)"
     drawn = table(title, ("out × in", "tokens", *names))
     for out_features, in_features in SHAPES:
