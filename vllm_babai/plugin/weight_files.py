@@ -29,7 +29,7 @@ def check_weight_files(folder: Path, kept: Collection[str] | None) -> None:
         names = set(tensor_names(folder / file))
         if lacking := indexed - names:
             raise FormatError(f"{folder / file} lacks {min(lacking)}, which {INDEX} says it holds: copy both again")
-        if unknown := {name for name in names if kept and name not in kept and name.rpartition(".")[2] not in KEYS}:
+        if kept and (unknown := {name for name in names.difference(kept) if name.rpartition(".")[2] not in KEYS}):
             raise FormatError(f"{folder / file} has {min(unknown)}, which is not of this checkpoint: copy it again")
 
 
