@@ -211,6 +211,14 @@ def test_headers_of_any_numbers_take_little(
         CODECS[kind](signed(header, fields, raw[header.size :][:kept]), shape)
 
 
+def test_a_matrix_without_rows_takes_little() -> None:
+    header, raw = BLOBS["codes"]
+    fields: list[int | bytes] = list(header.unpack_from(raw))
+    fields[6:8] = 0, 2**24
+    with little(), pytest.raises(FormatError, match="no encoder writes"):
+        CODECS["codes"](signed(header, fields, raw[header.size :]), None)
+
+
 @pytest.mark.parametrize("rows", [40, 2**24, 2**32 - 1])
 @pytest.mark.parametrize("columns", [64, 2**24, 2**32 - 1])
 @pytest.mark.parametrize("tile", [(1, 1), (128, 64), (2**15, 1), (2**16 - 1, 2**16 - 1)])

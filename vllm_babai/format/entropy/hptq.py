@@ -198,11 +198,13 @@ def read_blob(blob: Tensor, shape: tuple[int, int] | None = None, linear: str = 
 
 def _check_header(shape: Shape, shift: int, contexts: int) -> Shape:
     """The shape of a header that an encoder may have written; else FormatError. Bounds what decoding can take."""
+    # Where one side is 0 there are no tiles, whose lengths would bound the other by the bytes of the blob.
+    longest = MAX_SIDE if shape.rows and shape.columns else TILE_WEIGHTS
     if not (
         1 <= shape.lanes <= MAX_LANES
         and shift <= MAX_SHIFT
         and 1 <= contexts <= MAX_CONTEXTS
-        and max(shape.rows, shape.columns) <= MAX_SIDE
+        and max(shape.rows, shape.columns) <= longest
         and shape.tile_rows >= SMALLEST_TILE
         and shape.tile_columns >= max(1, min(SMALLEST_TILE, shape.columns))
         and shape.tile_rows * shape.tile_columns <= TILE_WEIGHTS
