@@ -81,24 +81,20 @@ def fused_kernel(layer, operands, sizes, m, splits, panels, TILING: tl.constexpr
     TOKENS: tl.constexpr = TILING.tokens
     slot = tl.program_id(0)
     tile = slot // splits
-    split = slot % splits
     if TILING.one_tile:
         row_block, first_token = tile, 0
     else:
         token_tiles = tl.cdiv(m, TOKENS)  # those of the same rows are neighbours, and read the weights from the cache
         row_block, first_token = tile // token_tiles, tile % token_tiles * TOKENS
-    rows = row_block * ROWS + tl.arange(0, ROWS)
-    column_blocks = tl.cdiv(sizes.k, TILING.block_columns)
-    per_split = tl.cdiv(column_blocks, splits)
-    blocks = (split * per_split, tl.minimum((split + 1) * per_split, column_blocks))
-    own_panels = (split * panels // splits, (split + 1) * panels // splits)
-    corner = (row_block * ROWS, first_token)
+    first_row = row_block * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    tokens = first_token + tl.arange(0, TOKENS)[None, :]
+    blocks, own_panels = share_of_split(sizes, slot % splits, splits, panels, TILING)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     if own_panels[0] < own_panels[1]:  # first, so that the registers hold one set of sums at a time
-        total = panels_sum(layer, operands, sizes, m, corner, own_panels, TILING)
-    total = dense_sum(layer, operands.x, sizes, m, corner, blocks, total, TILING)
+        total = panels_sum(layer, operands, sizes, m, (first_row, first_token), own_panels, TILING)
+    total = dense_sum(layer, operands.x + tokens * sizes.k, tokens < m, sizes, first_row, blocks, total, TILING)
     if splits == 1:
-        tokens = first_token + tl.arange(0, TOKENS)[None, :]
         y_ptrs = operands.y + tokens.to(tl.int64) * sizes.n + rows[:, None]
         inside = (tokens < m) & (rows < sizes.n)[:, None]
         tl.store(y_ptrs, round_to(total, operands.y.dtype.element_ty, TILING.backend), mask=inside)
@@ -107,8 +103,21 @@ def fused_kernel(layer, operands, sizes, m, splits, panels, TILING: tl.constexpr
         tl.debug_barrier()  # all of this program's stores come before its arrival
         arrived = tl.atomic_add(layer.counters + tile, 1, sem="acq_rel")
         if arrived == splits - 1:
-            sum_splits(operands, sizes, m, first_token, rows, tile * splits, splits, TILING)
+            stored = first_token + tl.arange(0, TILING.stored_tokens)
+            inside = (stored < m)[:, None] & (rows < sizes.n)[None, :]
+            sums = sum_splits(operands.partials, inside, tile * splits, splits, TILING)
+            y_ptrs = operands.y + stored.to(tl.int64)[:, None] * sizes.n + rows[None, :]
+            tl.store(y_ptrs, round_to(sums, operands.y.dtype.element_ty, TILING.backend), mask=inside)
             tl.store(layer.counters + tile, 0)
+
+
+@triton.jit
+def share_of_split(sizes, split, splits, panels, TILING: tl.constexpr):
+    """First and end of the column blocks of a split, and of the panels of the overflow, of which there are `panels`."""
+    column_blocks = tl.cdiv(sizes.k, TILING.block_columns)
+    per_split = tl.cdiv(column_blocks, splits)
+    blocks = (split * per_split, tl.minimum((split + 1) * per_split, column_blocks))
+    return blocks, (split * panels // splits, (split + 1) * panels // splits)
 
 
 @triton.jit
@@ -139,48 +148,46 @@ def panels_sum(layer, operands, sizes, m, corner, panels, TILING: tl.constexpr):
 
 
 @triton.jit
-def sum_splits(operands, sizes, m, first_token, rows, first_slot, splits, TILING: tl.constexpr):
-    """Add up a tile's partial sums, several at once for the sake of latency, and write the output.
+def sum_splits(partials_ptr, inside, first_slot, splits, TILING: tl.constexpr):
+    """A tile's partial sums added up, fp32 [stored tokens, ROWS]: several at once for the sake of latency.
 
-    rows: int32 [rows] of the tile. first_slot: of the partial sums, of which `splits` follow each other.
+    inside: [stored tokens, ROWS], which of them there are. first_slot: of the `splits` that follow each other.
     """
     ROWS: tl.constexpr = TILING.rows
     TOKENS: tl.constexpr = TILING.stored_tokens
     STEP: tl.constexpr = TILING.sum_step
     tokens = tl.arange(0, TOKENS)
-    inside = (first_token + tokens < m)[:, None] & (rows < sizes.n)[None, :]
     total = tl.zeros((TOKENS, ROWS), tl.float32)
     for first in range(0, splits, STEP):
         split = first + tl.arange(0, STEP)
         offsets = ((first_slot + split)[:, None] * TILING.tokens + tokens[None, :]) * ROWS
-        ptrs = operands.partials + offsets[:, :, None] + tl.arange(0, ROWS)[None, None, :]
+        ptrs = partials_ptr + offsets[:, :, None] + tl.arange(0, ROWS)[None, None, :]
         mask = (split < splits)[:, None, None] & inside[None, :, :]
         total += tl.sum(tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg"), 0)
-    y_ptrs = operands.y + (first_token + tokens).to(tl.int64)[:, None] * sizes.n + rows[None, :]
-    tl.store(y_ptrs, round_to(total, operands.y.dtype.element_ty, TILING.backend), mask=inside)
+    return total
 
 
 @triton.jit
-def dense_sum(layer, x_ptr, sizes, m, corner, blocks, total, TILING: tl.constexpr):
+def dense_sum(layer, x_rows, present, sizes, first_row, blocks, total, TILING: tl.constexpr):
     """`total` and the sum over the column blocks from blocks[0] to before blocks[1], scaled, fp32 [rows, tokens].
 
-    corner: first row and first token of the tile. total: as of `panels_sum`.
+    x_rows: pointers [1, tokens] to the first feature of each. present: [1, tokens], which of them there are.
+    first_row: of the tile. total: as of `panels_sum`.
     """
     ROWS: tl.constexpr = TILING.rows
     TOKENS: tl.constexpr = TILING.tokens
     WORDS: tl.constexpr = TILING.words
     FLUSH: tl.constexpr = TILING.flush
     BLOCK_COLUMNS: tl.constexpr = TILING.block_columns
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = x_rows.dtype.element_ty
     TILE_ROWS: tl.constexpr = UNITS.value.tile_rows
     PAIRS: tl.constexpr = UNITS.value.pairs
     COLUMNS: tl.constexpr = UNITS.value.slot
     TILE_WORDS: tl.constexpr = TILE_ROWS * PAIRS
     column_blocks = tl.cdiv(sizes.k, BLOCK_COLUMNS)
-    rows = corner[0] + tl.arange(0, ROWS)
-    tokens = corner[1] + tl.arange(0, TOKENS)[None, :]
+    rows = first_row + tl.arange(0, ROWS)
     features = tl.arange(0, COLUMNS)[:, None]
-    x_ptrs = x_ptr + tokens * sizes.k + features
+    x_ptrs = x_rows + features
     word_ptrs = (
         layer.dense
         + (rows // TILE_ROWS * column_blocks * (WORDS * TILE_WORDS) + rows % TILE_ROWS * PAIRS)[:, None]
@@ -191,7 +198,7 @@ def dense_sum(layer, x_ptr, sizes, m, corner, blocks, total, TILING: tl.constexp
         words = load_words(word_ptrs + block * (WORDS * TILE_WORDS), WORDS, TILE_WORDS)
         for slot in tl.static_range(BLOCK_COLUMNS // COLUMNS):
             column = block * BLOCK_COLUMNS + slot * COLUMNS
-            inside = tokens < m
+            inside = present
             if not TILING.even_k:
                 inside = inside & (column + features < sizes.k)
             x = tl.load(x_ptrs + column, mask=inside, other=0.0, cache_modifier=".ca")

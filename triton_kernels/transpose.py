@@ -28,11 +28,20 @@ def transpose_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    inside = (tokens < m)[:, None] & (columns < k)[None, :]
-    x = tl.load(x_ptr + tokens[:, None] * k + columns[None, :], mask=inside, other=0.0)
+    store_transposed(x_ptr + tokens * k, tokens < m, xt_ptr, tl.cdiv(m, TOKENS) * TOKENS, tokens, columns, k, BACKEND)
+
+
+@triton.jit
+def store_transposed(x_rows, present, xt_ptr, stride, places, columns, k, BACKEND: tl.constexpr):
+    """Some tokens' features at `columns`; tokens that are not present are zero.
+
+    x_rows: pointers [tokens] to the first feature of each. xt_ptr: [k, stride]. places: [tokens], their columns of xt.
+    """
+    inside = present[:, None] & (columns < k)[None, :]
+    x = tl.load(x_rows[:, None] + columns[None, :], mask=inside, other=0.0)
     if x.dtype != xt_ptr.dtype.element_ty:
         x = round_to(x.to(tl.float32), xt_ptr.dtype.element_ty, BACKEND)
-    xt_ptrs = xt_ptr + columns[:, None] * (tl.cdiv(m, TOKENS) * TOKENS) + tokens[None, :]
+    xt_ptrs = xt_ptr + columns[:, None] * stride + places[None, :]
     tl.store(xt_ptrs, tl.trans(x), mask=(columns < k)[:, None])
 
 

@@ -24,8 +24,8 @@ from vllm_babai.triton_kernels.coded import MAX_TOKENS, Shape, multiply_kernel
 from vllm_babai.triton_kernels.configs import Config, Target, table_for
 from vllm_babai.triton_kernels.dequantize import dense_kernel, dequantize_form, overflow_kernel
 from vllm_babai.triton_kernels.entropy import WARP, Streams, decode_kernel
+from vllm_babai.triton_kernels.experts import combine, grouped, route
 from vllm_babai.triton_kernels.experts import fused as experts_fused
-from vllm_babai.triton_kernels.experts import grouped
 from vllm_babai.triton_kernels.fused import Operands, Tiling, fused_kernel, fused_tiling
 from vllm_babai.triton_kernels.layout import Geometry
 from vllm_babai.triton_kernels.lookup import dense_rows_kernel, overflow_rows_kernel
@@ -57,15 +57,21 @@ MULTIPLY_CODED = {
 
 EXPERTS = {
     "layer": LAYER,
-    "operands": experts_fused.Operands("*bf16", "*bf16", "*fp32", "*bf16", "*i32", "*i32"),
+    "operands": experts_fused.Operands("*bf16", "*bf16", "*fp32", "*bf16", "*i32", "*i32", "*i32"),
     "sizes": experts_fused.Sizes(n="i32:16", k="i32:16", padded_rows="i32:16", group_size="i32", own_rows="i32:16"),
-    **dict.fromkeys(("blocks", "splits", "panels"), "i32"),
+    **dict.fromkeys(("blocks", "splits", "panels", "per_row"), "i32"),
 }
 EXPERTS_PRODUCT = {
-    "operands": grouped.Operands("*bf16", "*bf16", "*bf16", "*i32"),
+    "operands": grouped.Operands("*bf16", "*bf16", "*bf16", "*i32", "*i32"),
     "sizes": grouped.Sizes(n="i32:16", k="i32:16", own_rows="i32:16"),
-    **dict.fromkeys(("first_row", "last_row"), "i32"),
+    **dict.fromkeys(("first_row", "last_row", "per_row"), "i32"),
 }
+EXPERTS_SORT = {
+    **dict.fromkeys(("ids_ptr", "owners_ptr", "visits_ptr"), "*i32"),
+    **dict.fromkeys(("visits", "experts", "blocks"), "i32"),
+}
+EXPERTS_COMBINE = {"found_ptr": "*bf16", "weights_ptr": "*fp32", "ids_ptr": "*i32", "y_ptr": "*bf16", "k": "i32"}
+EXPERTS_COMBINE["hidden"] = "i32:16"
 TRELLIS = {
     "layer": trellis_arguments.Layer("*i32", "*i32", "*i32", "*i32", "*fp32"),
     "sizes": trellis_arguments.Sizes(n="i32:16", k="i32:16", blocks="i32:16", columns="i32:16"),
@@ -268,7 +274,14 @@ def experts_gate(architecture: str, target: Target) -> dict[str, dict[str, float
         results[name] = measure(compiled, config.rows * geometry.block_columns)
     constants = {"PRODUCT": grouped.product(2048, torch.bfloat16, target)}
     compiled = compile_kernel(grouped.product_kernel, EXPERTS_PRODUCT, constants, architecture, grouped.WARPS)
-    return results | {"experts, dequantized": measure(compiled, 0)}
+    results["experts, dequantized"] = measure(compiled, 0)
+    constants = {"ROWS": 16, "EXPERTS": 128}
+    results["sort visits"] = measure(
+        compile_kernel(route.sort_kernel, EXPERTS_SORT, constants, architecture, route.WARPS), 0
+    )
+    constants = {"COLUMNS": combine.COLUMNS, "BACKEND": target.backend}
+    compiled = compile_kernel(combine.combine_kernel, EXPERTS_COMBINE, constants, architecture, combine.WARPS)
+    return results | {"combine visits": measure(compiled, 0)}
 
 
 def coded_gate(architecture: str, backend: str) -> dict[str, dict[str, float]]:

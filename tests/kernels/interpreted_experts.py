@@ -51,12 +51,15 @@ def test_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_visit_has_a_row_of_its_own_in_a_block_of_its_expert() -> None:
     generator = torch.Generator().manual_seed(0)
     for tokens, k, experts in ((1, 1, 1), (7, 2, 3), (64, 8, 16), (300, 4, 5)):
-        ids = torch.randint(-1, experts, (tokens, k), generator=generator)
-        for rows in {1, 16, 64, block_rows(ids.numel(), tokens, experts)}:
+        ids = torch.randint(-1, experts, (tokens, k), generator=generator).int()
+        for rows in {16, 64, max(16, block_rows(ids.numel(), tokens, experts))}:
             routing = route(ids, experts, rows)
-            assert len(routing.places.unique()) == ids.numel()
-            assert int(routing.places.max()) < routing.rows
-            assert torch.equal(routing.owners[routing.places // rows].long(), ids.flatten())
+            owned = routing.visits.view(-1, rows)[routing.owners >= 0]
+            owners = routing.owners[routing.owners >= 0, None].expand_as(owned)[owned >= 0]
+            visits = owned[owned >= 0].long()
+            assert torch.equal(ids.flatten()[visits], owners)
+            assert torch.equal(visits, ids.flatten().argsort(stable=True)[int((ids < 0).sum()) :])
+            assert (owned >= 0).any(1).all()
 
 
 def test_warm_up_no_tokens_and_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,9 +88,9 @@ def check_limits(architecture: str, case: str, found: dict[str, float]) -> None:
     assert found["tensor_memory"] <= TENSOR_MEMORY, f"{name}: {found['tensor_memory']} columns of tensor memory"
     ceiling = INSTRUCTIONS_PER_WEIGHT.get(case, float("inf"))
     assert found.get("instructions_per_weight", 0) <= ceiling, f"{name}: more than {ceiling} instructions per weight"
-    reads_one_by_one = any(word in case for word in ("coded", "overflow", "dequantize trellis"))
+    reads_one_by_one = any(word in case for word in ("coded", "overflow", "dequantize trellis", "sort visits"))
     assert found["wide_loads"] or reads_one_by_one, f"{name}: no 128-bit loads"
-    multiplies_matrices = not case.startswith(("dequantize", "look up")) and "coded" not in case
+    multiplies_matrices = not case.startswith(("dequantize", "look up", "sort", "combine")) and "coded" not in case
     assert found["matrix_instructions"] or not multiplies_matrices, f"{name}: no matrix instructions"
 
 

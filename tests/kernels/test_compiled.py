@@ -4,6 +4,8 @@ What the interpreter cannot see: inline assembly, layouts of matrix operands, as
 compiled in. Without blocks side by side, though, and without caches.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,12 +16,13 @@ from expert_cases import check as check_experts
 from expert_cases import random_experts
 from interpreted import check, layout_of, random_weight
 from test_hptq_decode import check_decoder, small_segments
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, lookup, matmul, transpose
+from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, lookup, matmul, multiply_experts, transpose
 from vllm_babai.triton_kernels.configs import Target
+from vllm_babai.triton_kernels.experts import combine, gather, grouped, route
 from vllm_babai.triton_kernels.experts import dispatch as experts_dispatch
 from vllm_babai.triton_kernels.experts import fused as experts_fused
-from vllm_babai.triton_kernels.experts import grouped
 from vllm_babai.triton_kernels.layout import Geometry
 
 KERNELS = (
@@ -31,8 +34,11 @@ KERNELS = (
     (lookup, "overflow_rows_kernel"),
     (entropy, "decode_kernel"),
     (coded, "multiply_kernel"),
+    (route, "sort_kernel"),
+    (gather, "gather_kernel"),
     (experts_fused, "experts_kernel"),
     (grouped, "product_kernel"),
+    (combine, "combine_kernel"),
 )
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -138,6 +144,35 @@ def test_dequantized_experts(architecture: str, dtype: torch.dtype, monkeypatch:
     monkeypatch.setattr(experts_dispatch, "goes_dequantized", lambda *_: True)
     monkeypatch.setattr(dequantize, "WORKSPACE", 128 * 80)
     check_experts(random_experts(2, 80, 72, 4), torch.randn(3, 80).to(dtype), elsewhere=0.3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "launches"),
+    [
+        (1, ["experts_kernel", "experts_kernel", "combine_kernel"]),
+        (
+            9,
+            ["sort_kernel", "gather_kernel", "experts_kernel", "gather_kernel", "experts_kernel", "combine_kernel"],
+        ),
+    ],
+)
+def test_experts_launch_nothing_of_pytorch(tokens: int, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for counters, where a tile has several splits: a launch takes longer than an expert's weights."""
+    compile_for("sm_90", monkeypatch)
+    launched: list[str] = []
+    experts, _ = random_experts(3, 256, 64, 4).tensors()
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            if not str(function).startswith(("aten.empty", "aten.new_empty", "aten.view", "aten.slice", "aten.zeros")):
+                launched.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    monkeypatch.setattr(Compiled, "_launch", lambda self, *_: launched.append(self.kernel.__name__))
+    x, weights, ids = torch.randn(tokens, 256).bfloat16(), torch.rand(tokens, 2), torch.zeros(tokens, 2).int()
+    with Recorded():
+        multiply_experts(x, weights, ids, experts, lambda outputs: outputs.view(-1, 64)[: 2 * tokens])
+    assert launched == launches
 
 
 def test_accesses_are_checked() -> None:

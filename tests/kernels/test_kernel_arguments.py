@@ -13,8 +13,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, lookup, overflow, transpose, unpack
 from vllm_babai.triton_kernels.configs import BUCKETS, Config, Target
+from vllm_babai.triton_kernels.experts import combine, gather, grouped, route
 from vllm_babai.triton_kernels.experts import fused as experts_fused
-from vllm_babai.triton_kernels.experts import grouped
 from vllm_babai.triton_kernels.layout import Geometry
 from vllm_babai.triton_kernels.trellis import decode, prepare
 from vllm_babai.triton_kernels.trellis import dequantize as trellis_dequantize
@@ -24,6 +24,7 @@ from vllm_babai.triton_kernels.tuning.bench import random_layout
 
 MODULES = (coded, dequantize, entropy, fused, lookup, overflow, transpose, unpack)
 MODULES += (decode, trellis_dequantize, trellis_fused, prepare, experts_fused, grouped)
+MODULES += (route, gather, combine)
 FUNCTIONS = {
     f"{module.__name__.removeprefix('vllm_babai.triton_kernels.')}.{name}": function
     for module in MODULES

@@ -5,9 +5,10 @@ from torch import Tensor
 
 from vllm_babai.ops.experts import Activate, ExpertTensors
 from vllm_babai.triton_kernels.configs import BUCKETS, Target
+from vllm_babai.triton_kernels.experts.combine import combine
 from vllm_babai.triton_kernels.experts.fused import multiply_routed
 from vllm_babai.triton_kernels.experts.grouped import PRODUCT_BLOCK, multiply_grouped
-from vllm_babai.triton_kernels.experts.route import SMALLEST_BLOCK, Routing, block_rows, route
+from vllm_babai.triton_kernels.experts.route import SMALLEST_BLOCK, block_rows, route
 from vllm_babai.triton_kernels.layout import geometry_of
 from vllm_babai.triton_kernels.tokens import aligned, goes_dequantized
 
@@ -23,22 +24,18 @@ def multiply_experts(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertTen
     number = _number(experts, x.shape[1])
     dequantized = goes_dequantized(ids.numel() // number, x.dtype, Target.of(x.device))
     rows = PRODUCT_BLOCK if dequantized else block_rows(ids.numel(), len(x), number)
-    return _multiply(aligned(x), weights, ids, route(ids, number, rows), experts, activate)
+    return _multiply(aligned(x), weights.contiguous(), ids.int().contiguous(), experts, activate, rows)
 
 
-def _multiply(
-    x: Tensor, weights: Tensor, ids: Tensor, routing: Routing, experts: ExpertTensors, activate: Activate
-) -> Tensor:
+def _multiply(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertTensors, activate: Activate, rows: int) -> Tensor:
     """Blocks of PRODUCT_BLOCK rows go through dequantized weights, smaller ones through the fused kernel."""
     hidden, target = x.shape[1], Target.of(x.device)
-    rows = x.new_zeros(routing.rows, hidden).index_copy_(0, routing.places, x.repeat_interleave(ids.shape[1], 0))
+    routing = route(ids, _number(experts, hidden), rows)
     first = geometry_of(experts.gate_up_bits, hidden, experts.gate_up_rows)
     second = geometry_of(experts.down_bits, experts.inner, hidden)
-    multiply = multiply_grouped if routing.tokens == PRODUCT_BLOCK else multiply_routed
-    inner = aligned(activate(multiply(rows, routing, experts.gate_up, first, target)))
-    found = multiply(inner, routing, experts.down, second, target)[routing.places].view(*ids.shape, hidden)
-    # what belongs to no expert here was never written
-    return torch.where(ids[..., None] < 0, 0.0, found.float() * weights[..., None]).sum(1).to(x.dtype)
+    multiply = multiply_grouped if rows == PRODUCT_BLOCK else multiply_routed
+    inner = aligned(activate(multiply(x, ids.shape[1], routing, experts.gate_up, first, target)))
+    return combine(multiply(inner, 1, routing, experts.down, second, target), weights, ids, target)
 
 
 def _number(experts: ExpertTensors, hidden: int) -> int:
@@ -57,6 +54,5 @@ def warm_up_experts(experts: ExpertTensors, hidden: int, dtype: torch.dtype) -> 
         return outputs[:, : experts.inner].contiguous()
 
     fused = (1, *(tokens for tokens in BUCKETS if tokens >= SMALLEST_BLOCK))
-    for tokens in (PRODUCT_BLOCK,) if dtype == torch.float32 else (*fused, PRODUCT_BLOCK):
-        routing = route(ids, _number(experts, hidden), tokens)
-        _multiply(x, torch.ones(1, 1, device=device), ids, routing, experts, activate)
+    for rows in (PRODUCT_BLOCK,) if dtype == torch.float32 else (*fused, PRODUCT_BLOCK):
+        _multiply(x, torch.ones(1, 1, device=device), ids, experts, activate, rows)

@@ -1,4 +1,4 @@
-"""Rows of x, in blocks of one expert each, times that expert's weight: `triton_kernels.fused` with other tiles.
+"""Visits, in blocks of one expert each, times that expert's weight: `triton_kernels.fused` with other tiles.
 
 A program is one split of an output tile [rows of a weight, rows of a block]. Counters of arrivals lie in a workspace of
 the call, as large as the bound on blocks asks for; so one layer may run on two streams at once.
@@ -14,17 +14,24 @@ from torch import Tensor
 from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels.arguments import arguments
 from vllm_babai.triton_kernels.configs import Target, config_for
+from vllm_babai.triton_kernels.experts.gather import gather
 from vllm_babai.triton_kernels.experts.route import Routing
-from vllm_babai.triton_kernels.fused import dense_sum, panels_sum, plan_launch, store_partial, sum_splits
+from vllm_babai.triton_kernels.fused import (
+    dense_sum,
+    panels_sum,
+    plan_launch,
+    share_of_split,
+    store_partial,
+    sum_splits,
+)
 from vllm_babai.triton_kernels.layout import Geometry, geometry_of
 from vllm_babai.triton_kernels.overflow import overflow_sum
-from vllm_babai.triton_kernels.transpose import transpose
 from vllm_babai.triton_kernels.unpack import round_to
 
 
 class Operands(NamedTuple):
-    """Pointers of one call. x: [blocks · tokens, k]. xt: x transposed; x again where unused. partials: fp32, as of
-    `fused.Operands`. y: [blocks · tokens, n]. owners: int32 [blocks]. counters: int32, zero, one an output tile.
+    """Pointers of one call. x: [visits / per_row, k]. xt: [k, rows of all blocks]; x again where unused. partials:
+    fp32, as of `fused.Operands`. y: [visits, n]. owners, visits: as of `Routing`. counters: int32, zero, one a tile.
     """
 
     x: Tensor
@@ -32,6 +39,7 @@ class Operands(NamedTuple):
     partials: Tensor
     y: Tensor
     owners: Tensor
+    visits: Tensor
     counters: Tensor
 
 
@@ -47,81 +55,103 @@ class Sizes(NamedTuple):
     own_rows: int
 
 
-@triton.jit(do_not_specialize=["blocks", "splits", "panels"])
-def experts_kernel(layer, operands, sizes, blocks, splits, panels, TILING: tl.constexpr):
+@triton.jit(do_not_specialize=["blocks", "splits", "panels", "per_row"])
+def experts_kernel(layer, operands, sizes, blocks, splits, panels, per_row, TILING: tl.constexpr):
     """One split of one output tile; the last to arrive at the tile adds the splits up and writes y.
 
-    layer: `Layer` of the tall linear. operands, sizes: as above. blocks: of rows of x. splits: of a tile. panels: of
-    the overflow, 0 if there is none. TILING: `fused.Tiling`. Grid: [row blocks of an expert · blocks · splits].
+    layer: `Layer` of the tall linear. operands, sizes: as above. blocks: of rows. splits: of a tile. panels: of the
+    overflow, 0 if there is none. per_row: visits that share a row of x. TILING: `fused.Tiling`.
+    Grid: [row blocks of an expert · blocks · splits].
     """
     ROWS: tl.constexpr = TILING.rows
     TOKENS: tl.constexpr = TILING.tokens
     STORED: tl.constexpr = TILING.stored_tokens
     slot = tl.program_id(0)
     tile = slot // splits
-    split = slot % splits
     row_block = tile // blocks
     block = tile % blocks  # those of one expert are neighbours, and read its weights from the cache
     owner = tl.load(operands.owners + block)
     if owner >= 0:
-        first_token = block * STORED
-        end = first_token + STORED
-        corner = (owner * sizes.own_rows + row_block * ROWS, first_token)
-        column_blocks = tl.cdiv(sizes.k, TILING.block_columns)
-        per_split = tl.cdiv(column_blocks, splits)
-        own_blocks = (split * per_split, tl.minimum((split + 1) * per_split, column_blocks))
-        own_panels = (split * panels // splits, (split + 1) * panels // splits)
+        first_row = owner * sizes.own_rows + row_block * ROWS
+        column_blocks, own_panels = share_of_split(sizes, slot % splits, splits, panels, TILING)
         total = tl.zeros((ROWS, TOKENS), tl.float32)
-        if own_panels[0] < own_panels[1]:
-            if STORED == 1:
-                x_ptr = operands.x + block.to(tl.int64) * sizes.k
-                of_weight = corner[0] + tl.arange(0, ROWS)
-                for panel in range(own_panels[0], own_panels[1]):
-                    total += overflow_sum(layer, x_ptr, sizes, panel, of_weight, TILING.flush > 0, TILING.overflow_step)
-            else:
+        visits, present = visits_of(operands.visits, block, TOKENS, STORED)
+        if STORED == 1:
+            x_ptr = operands.x + (block // per_row).to(tl.int64) * sizes.k
+            x_rows = x_ptr + tl.arange(0, TOKENS) * sizes.k  # of which all but the first are masked
+            for panel in range(own_panels[0], own_panels[1]):
+                rows = first_row + tl.arange(0, ROWS)
+                total += overflow_sum(layer, x_ptr, sizes, panel, rows, TILING.flush > 0, TILING.overflow_step)
+        else:
+            x_rows = operands.x + visits // per_row * sizes.k
+            if own_panels[0] < own_panels[1]:
+                corner = (first_row, block * STORED)
                 total = panels_sum(layer, operands, sizes, blocks * STORED, corner, own_panels, TILING)
-        total = dense_sum(layer, operands.x, sizes, end, corner, own_blocks, total, TILING)
-        rows = row_block * ROWS + tl.arange(0, ROWS)
+        total = dense_sum(layer, x_rows[None, :], present[None, :], sizes, first_row, column_blocks, total, TILING)
+        columns = row_block * ROWS + tl.arange(0, ROWS)
         if splits == 1:
-            tokens = first_token + tl.arange(0, TOKENS)[None, :]
-            y_ptrs = operands.y + tokens.to(tl.int64) * sizes.n + rows[:, None]
-            inside = (tokens < end) & (rows < sizes.n)[:, None]
+            visits, present = visits_of(operands.visits, block, TOKENS, STORED)
+            y_ptrs = operands.y + visits.to(tl.int64)[None, :] * sizes.n + columns[:, None]
+            inside = present[None, :] & (columns < sizes.n)[:, None]
             tl.store(y_ptrs, round_to(total, operands.y.dtype.element_ty, TILING.backend), mask=inside)
         else:
             store_partial(operands.partials, slot, total, STORED, TOKENS)
             tl.debug_barrier()  # all of this program's stores come before its arrival
             arrived = tl.atomic_add(operands.counters + tile, 1, sem="acq_rel")
             if arrived == splits - 1:
-                sum_splits(operands, sizes, end, first_token, rows, tile * splits, splits, TILING)
+                stored, exists = visits_of(operands.visits, block, STORED, STORED)
+                inside = exists[:, None] & (columns < sizes.n)[None, :]
+                sums = sum_splits(operands.partials, inside, tile * splits, splits, TILING)
+                y_ptrs = operands.y + stored.to(tl.int64)[:, None] * sizes.n + columns[None, :]
+                tl.store(y_ptrs, round_to(sums, operands.y.dtype.element_ty, TILING.backend), mask=inside)
 
 
-def multiply_routed(x: Tensor, routing: Routing, layout: DeviceLayout, geometry: Geometry, target: Target) -> Tensor:
-    """x [rows, in_features] bf16 or fp16, as `routing` places them → y [rows, out_features] in x's dtype.
+@triton.jit
+def visits_of(visits_ptr, block, COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """Visits of the first COUNT rows of a block of ROWS, int32 [COUNT], and which of them there are.
 
-    layout: of all experts. geometry: of one. Rows of blocks without an owner are left as they are. Deterministic.
+    COUNT is ROWS, unless that is 1. They are read before the sums and once more after them: kept meanwhile, they make
+    registers spill (sm_90, 64 rows, Triton 3.7.1).
     """
-    groups, tokens, blocks = layout.scales.shape[0], routing.tokens, len(routing.owners)
-    config = config_for(target, geometry.bits, tokens, (geometry.out_features, geometry.in_features), groups)
-    launch = plan_launch(geometry, config, groups, blocks, tokens, target)
-    tiling = launch.tiling._replace(one_tile=False, dependent=False)
+    if ROWS == 1:
+        rows = tl.arange(0, COUNT)
+        return block + rows, rows == 0
+    else:
+        visits = tl.load(visits_ptr + block * ROWS + tl.arange(0, COUNT))
+        return visits, visits >= 0
+
+
+def multiply_routed(
+    x: Tensor, per_row: int, routing: Routing, layout: DeviceLayout, geometry: Geometry, target: Target
+) -> Tensor:
+    """x [visits / per_row, in_features] bf16 or fp16 → y [visits, out_features] in x's dtype, a row a visit.
+
+    per_row: visits that share a row of x. layout: of all experts. geometry: of one. Rows of visits that belong to no
+    expert here are left as they are. Deterministic.
+    """
+    groups, rows, blocks = layout.scales.shape[0], routing.rows, len(routing.owners)
+    config = config_for(target, geometry.bits, rows, (geometry.out_features, geometry.in_features), groups)
+    launch = plan_launch(geometry, config, groups, blocks, rows, target)
     panels = geometry.panels if layout.entries.numel() else 0
     transposed = x
-    if panels and tokens > 1:
+    if panels and rows > 1:
         # with several scales a row in bf16: fp16 has no room for small scales times large integers
-        transposed = transpose(x, tiling.overflow_tokens, x.dtype if groups == 1 else torch.bfloat16, target)
-    y = x.new_empty(len(x), geometry.out_features)
+        transposed = gather(x, routing, per_row, x.dtype if groups == 1 else torch.bfloat16, target)
+    y = x.new_empty(len(x) * per_row, geometry.out_features)
     partials = torch.empty(launch.partials, dtype=torch.float32, device=x.device)
-    tiles = launch.programs // launch.splits
-    counters = torch.zeros(tiles if launch.splits > 1 else 1, dtype=torch.int32, device=x.device)
+    counters = routing.owners  # for want of any
+    if launch.splits > 1:
+        counters = torch.zeros(launch.programs // launch.splits, dtype=torch.int32, device=x.device)
     layer, tall = arguments(layout, geometry_of(geometry.bits, geometry.in_features, layout.scales.shape[1]))
     experts_kernel[(launch.programs,)](
         layer,
-        Operands(x, transposed, partials, y, routing.owners, counters),
+        Operands(x, transposed, partials, y, routing.owners, routing.visits, counters),
         Sizes(geometry.out_features, geometry.in_features, tall.padded_rows, tall.group_size, geometry.padded_rows),
         blocks,
         launch.splits,
         panels,
-        TILING=tiling,
+        per_row,
+        TILING=launch.tiling._replace(one_tile=False, dependent=False),
         num_warps=config.warps,
         enable_fp_fusion=True,
     )

@@ -1,6 +1,6 @@
-"""Many rows an expert, and fp32: the weights are dequantized to a workspace, then multiplied block by block of rows.
+"""Many visits an expert, and fp32: the weights are dequantized to a workspace, then multiplied block by block of rows.
 
-vLLM captures launches in graphs and plans them ahead, so nothing here may ask how many rows an expert has got.
+vLLM captures launches in graphs and plans them ahead, so nothing here may ask how many visits an expert has got.
 `torch.nn.functional.grouped_mm` leaves that on the device, too, but wants the weights of all experts at once: 5 GB of
 bf16 for gate and up of 160 experts of 1536 × 5120. Hence a kernel that takes those that the workspace holds.
 """
@@ -24,15 +24,16 @@ WARPS = 8
 
 
 class Operands(NamedTuple):
-    """Pointers. x: [blocks · tokens, k]. weight: [rows, k], of the workspace. y: [blocks · tokens, n], in any type.
+    """Pointers. x: [visits / per_row, k]. weight: [rows, k], of the workspace. y: [visits, n], in any type.
 
-    owners: int32 [blocks].
+    owners, visits: as of `Routing`.
     """
 
     x: Tensor
     weight: Tensor
     y: Tensor
     owners: Tensor
+    visits: Tensor
 
 
 class Sizes(NamedTuple):
@@ -57,12 +58,13 @@ class Product(NamedTuple):
     backend: str
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row"])
-def product_kernel(operands, sizes, first_row, last_row, PRODUCT: tl.constexpr):
+@triton.jit(do_not_specialize=["first_row", "last_row", "per_row"])
+def product_kernel(operands, sizes, first_row, last_row, per_row, PRODUCT: tl.constexpr):
     """One output tile, if its expert's rows are in the workspace.
 
     operands, sizes: as above. first_row, last_row: of all experts' rows, those that the workspace holds; both are
-    multiples of the rows of a tile. PRODUCT: `Product`. Grid: [blocks · row tiles of an expert].
+    multiples of the rows of a tile. per_row: visits that share a row of x. PRODUCT: `Product`.
+    Grid: [blocks · row tiles of an expert].
     """
     ROWS: tl.constexpr = PRODUCT.rows
     TOKENS: tl.constexpr = PRODUCT.tokens
@@ -74,9 +76,10 @@ def product_kernel(operands, sizes, first_row, last_row, PRODUCT: tl.constexpr):
     row = owner * sizes.own_rows + own_row
     if (owner >= 0) & (row >= first_row) & (row < last_row):
         columns = tl.arange(0, COLUMNS)
-        tokens = block.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+        visits = tl.load(operands.visits + block * TOKENS + tl.arange(0, TOKENS))
+        tokens = tl.maximum(visits, 0) // per_row  # in the place of a visit that is not there any will do
         rows = (row - first_row).to(tl.int64) + tl.arange(0, ROWS)
-        x_ptrs = operands.x + tokens[:, None] * sizes.k + columns[None, :]
+        x_ptrs = operands.x + tokens.to(tl.int64)[:, None] * sizes.k + columns[None, :]
         weight_ptrs = operands.weight + rows[None, :] * sizes.k + columns[:, None]
         total = tl.zeros((TOKENS, ROWS), tl.float32)
         for column in tl.range(0, sizes.k, COLUMNS, num_stages=PRODUCT.stages):
@@ -88,9 +91,9 @@ def product_kernel(operands, sizes, first_row, last_row, PRODUCT: tl.constexpr):
                 weight = tl.load(weight_ptrs + column, mask=(column + columns < sizes.k)[:, None], other=0.0)
             total = matrix_product(x, weight, total, PRODUCT.backend)
         outputs = own_row + tl.arange(0, ROWS)
-        y_ptrs = operands.y + tokens[:, None] * sizes.n + outputs[None, :]
+        y_ptrs = operands.y + visits.to(tl.int64)[:, None] * sizes.n + outputs[None, :]
         y = round_to(total, operands.y.dtype.element_ty, PRODUCT.backend)
-        tl.store(y_ptrs, y, mask=(outputs < sizes.n)[None, :])
+        tl.store(y_ptrs, y, mask=(visits >= 0)[:, None] & (outputs < sizes.n)[None, :])
 
 
 def product(in_features: int, dtype: torch.dtype, target: Target) -> Product:
@@ -100,26 +103,30 @@ def product(in_features: int, dtype: torch.dtype, target: Target) -> Product:
     return Product(ROW_ALIGNMENT, PRODUCT_BLOCK, columns, stages, in_features % columns == 0, target.backend)
 
 
-def multiply_grouped(x: Tensor, routing: Routing, layout: DeviceLayout, geometry: Geometry, target: Target) -> Tensor:
-    """x [rows, in_features] bf16, fp16 or fp32, as `routing` places them → y [rows, out_features] in x's dtype.
+def multiply_grouped(
+    x: Tensor, per_row: int, routing: Routing, layout: DeviceLayout, geometry: Geometry, target: Target
+) -> Tensor:
+    """x [visits / per_row, in_features] bf16, fp16 or fp32 → y [visits, out_features] in x's dtype, a row a visit.
 
-    layout: of all experts. geometry: of one. Rows of blocks without an owner are left as they are. Deterministic.
+    per_row: visits that share a row of x. layout: of all experts. geometry: of one. Rows of visits that belong to no
+    expert here are left as they are. Deterministic.
     fp16 goes through bf16: fp16 has no room for small scales times large integers.
     """
     inputs = x.to(torch.bfloat16) if x.dtype == torch.float16 else x
     tall = geometry_of(geometry.bits, geometry.in_features, layout.scales.shape[1])
     sizes = Sizes(geometry.out_features, geometry.in_features, geometry.padded_rows)
     form = product(geometry.in_features, inputs.dtype, target)
-    y = x.new_empty(len(x), geometry.out_features)
+    y = x.new_empty(len(x) * per_row, geometry.out_features)
     grid = (len(routing.owners) * -(-geometry.out_features // form.rows),)
     first = 0
     for weight in dequantized_parts(layout, tall, inputs.dtype, target.backend):
         last = first + len(weight)
         product_kernel[grid](
-            Operands(inputs, weight, y, routing.owners),
+            Operands(inputs, weight, y, routing.owners, routing.visits),
             sizes,
             first,
             last,
+            per_row,
             PRODUCT=form,
             num_warps=WARPS,
             enable_fp_fusion=True,

@@ -233,10 +233,11 @@ def _atomic_add(block: Block, one: Instruction, active: Mask) -> None:
 @_operation("shfl")
 def _shuffle(block: Block, one: Instruction, active: Mask) -> None:
     target, source, operand, segments = one.operands[:4]
-    if segments != "31":
+    if segments != ("0" if one.modifiers[1] == "up" else "31"):
         raise Fault("shuffles within parts of a warp are not implemented")
     lane, lanes = np.arange(block.shape.threads) % WARP, block.bits(operand).astype(np.int64)
-    chosen = {"bfly": lane ^ lanes, "idx": lanes}[one.modifiers[1]] % WARP
+    below = np.where(lane >= lanes, lane - lanes, lane)  # who has no lane so far below keeps what it has
+    chosen = {"bfly": lane ^ lanes, "idx": lanes, "up": below}[one.modifiers[1]] % WARP
     block.set(target, block.bits(source).reshape(-1, WARP)[np.arange(block.shape.threads) // WARP, chosen], active)
 
 
