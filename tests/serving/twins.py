@@ -51,7 +51,11 @@ def save_with(folder: Path, tensors: dict[str, Tensor], fields: dict[str, Any]) 
 
 def answer_of_twin(quantized: Path) -> Answer:
     """What the dense twin of a folder answers, which is made beside it."""
-    dense = convert(quantized, quantized.with_name("dense"), "dense", torch.float32)
+    return answer_in_transformers(convert(quantized, quantized.with_name("dense"), "dense", torch.float32))
+
+
+def answer_in_transformers(dense: Path) -> Answer:
+    """What a model answers in float32."""
     tokenizer = AutoTokenizer.from_pretrained(dense)
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
     tokens = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
@@ -61,17 +65,17 @@ def answer_of_twin(quantized: Path) -> Answer:
     return Answer(tokens[0].tolist(), tokenizer.decode(generated, skip_special_tokens=True), logprobs.tolist())
 
 
-def served_answer(client: Any, prompt: list[int], new_tokens: int = TOKENS) -> Answer:
-    """What a server answers."""
+def served_answer(client: Any, prompt: list[int], new_tokens: int = TOKENS, model: str = "babai") -> Answer:
+    """What a server answers. model: the name of an adapter, if not the server's own."""
     options: Any = {"temperature": 0, "extra_body": {"prompt_logprobs": 0}}
-    answer = client.completions.create(model="babai", prompt=prompt, max_tokens=new_tokens, **options)
+    answer = client.completions.create(model=model, prompt=prompt, max_tokens=new_tokens, **options)
     (choice,) = answer.choices
     logprobs = [next(iter(token.values()))["logprob"] for token in choice.prompt_logprobs[1:]]
     return Answer(prompt, choice.text, logprobs)
 
 
-def check_as_twin(client: Any, expected: Answer) -> None:
+def check_as_twin(client: Any, expected: Answer, model: str = "babai") -> None:
     """A server in float32 answers as the dense twin does."""
-    found = served_answer(client, expected.tokens)
+    found = served_answer(client, expected.tokens, model=model)
     assert found.text == expected.text
     assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-3)

@@ -4,6 +4,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,6 +18,7 @@ from vllm.distributed import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.models.transformers.base import Base as TransformersBase
 
 
 @contextmanager
@@ -33,8 +35,8 @@ def one_process() -> Iterator[None]:
     destroy_distributed_environment()
 
 
-def config_of(folder: Path) -> VllmConfig:
-    """vLLM's configuration for a tiny model."""
+def config_of(folder: Path, **options: Any) -> VllmConfig:
+    """vLLM's configuration for a tiny model. options: of `EngineArgs`."""
     return EngineArgs(
         str(folder),
         dtype="float32",
@@ -43,6 +45,7 @@ def config_of(folder: Path) -> VllmConfig:
         max_num_seqs=2,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
+        **options,
     ).create_engine_config()
 
 
@@ -56,7 +59,7 @@ def load_as_rank(folder: Path, rank: int = 0, ranks: int = 1, *, expert_parallel
     config.parallel_config.tensor_parallel_size = ranks
     as_rank = mock.Mock(wraps=parallel_state.get_tp_group(), rank_in_group=rank, world_size=ranks)
     with mock.patch.object(parallel_state, "_TP", as_rank):
-        return _load(config)
+        return load(config)
 
 
 def load_as_stage(folder: Path, stage: int, stages: int) -> torch.nn.Module:
@@ -66,10 +69,15 @@ def load_as_stage(folder: Path, stage: int, stages: int) -> torch.nn.Module:
     ends = {"is_first_rank": stage == 0, "is_last_rank": stage == stages - 1}
     as_stage = mock.Mock(wraps=parallel_state.get_pp_group(), rank_in_group=stage, world_size=stages, **ends)
     with mock.patch.object(parallel_state, "_PP", as_stage):
-        return _load(config)
+        return load(config)
 
 
-def _load(config: VllmConfig) -> torch.nn.Module:
+def load(config: VllmConfig) -> torch.nn.Module:
+    """The model of a configuration, with its weights.
+
+    vLLM's Transformers backend decorates transformers' own class, which then needs vLLM wherever this process uses it.
+    """
     without_device = mock.patch.object(torch.accelerator, "empty_cache")  # vLLM's own workers never call it on a CPU
-    with set_current_vllm_config(config), without_device:
+    undecorated = mock.patch.object(TransformersBase, "_decorate_for_torch_compile")
+    with set_current_vllm_config(config), without_device, undecorated:
         return get_model(vllm_config=config)

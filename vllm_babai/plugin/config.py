@@ -16,6 +16,7 @@ from vllm_babai.plugin.embedding import BabaiEmbeddingMethod, HeadMethod, check_
 from vllm_babai.plugin.experts import BabaiExpertsMethod
 from vllm_babai.plugin.kept import KeptTensors
 from vllm_babai.plugin.linear import BabaiLinearMethod
+from vllm_babai.plugin.lora import check_experts
 from vllm_babai.plugin.names import Found, LinearNames, renamed
 from vllm_babai.plugin.progress import LoadProgress
 from vllm_babai.plugin.readers import READERS
@@ -100,8 +101,9 @@ class BabaiConfig(QuantizationConfig):
         """How vLLM treats the layer called `prefix`; None (attention, say) leaves it to vLLM.
 
         Linears are quantized unless the checkpoint ignores them, lm_head only where its overrides name it or it is tied
-        to a quantized embedding. Raises NotImplementedError for experts in a residency other than packed and for an
-        embedding where vLLM drafts tokens, ValueError when linears that vLLM fuses are stored differently.
+        to a quantized embedding. Raises NotImplementedError for experts in a residency other than packed or with
+        LoRA adapters and for an embedding where vLLM drafts tokens, ValueError when linears that vLLM fuses are stored
+        differently.
         """
         if isinstance(layer, RoutedExperts):
             return self._experts(layer, prefix)
@@ -146,6 +148,7 @@ class BabaiConfig(QuantizationConfig):
         stored = self.names.experts(prefix, wanted.values())
         if not stored:
             return None
+        check_experts(prefix)
         residency = self.checkpoint.residency
         if residency != "packed":
             raise NotImplementedError(

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from vllm_babai.plugin.assemble import assemble
 from vllm_babai.plugin.kept import KeptTensors
+from vllm_babai.plugin.lora import show_weight
 from vllm_babai.plugin.parameter import StoredParameter, VocabularyParameter
 from vllm_babai.plugin.progress import LoadProgress
 from vllm_babai.plugin.readers import Reader
@@ -117,6 +118,8 @@ class BabaiLinearMethod(LinearMethodBase):
             placed.tensors[INPUT_SCALES] = weight.input_scales.to(device, torch.float32)
         for name, tensor in self._as_loaded_first(placed).items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        if isinstance(layer, VocabParallelEmbedding):
+            show_weight(layer, self.vllm_config, self.sizes.dtype, device)
         self.progress.advance(self.residency.activity)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
