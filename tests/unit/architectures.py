@@ -144,6 +144,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["conv", "full_attention"],
             "block_auto_adjust_ff_dim": False,
             "block_ff_dim": 96,
+            "block_dim": 64,  # vLLM reads it, and published configurations have it
             "conv_dim": 64,
             "conv_dim_out": 64,
         },
