@@ -21,6 +21,8 @@ from vllm_babai.offline.model.experts import PackExperts, find_experts, roles_of
 from vllm_babai.offline.model.skeleton import empty_model
 from vllm_babai.offline.model.view import CheckpointView, Source, view_checkpoint
 
+MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")  # how configurations count them
+
 
 @dataclass(frozen=True)
 class CompleteCheckpoint(Checkpoint):
@@ -191,12 +193,16 @@ def _check_blocks(
 ) -> None:
     """Refuse tensors that are named as those of one block more than the model has.
 
-    Others that the model does not know are common: rotary tables, or heads that predict further tokens.
+    Others that the model does not know are common: rotary tables, or layers that predict further tokens (MTP), which
+    DeepSeek and GLM number as the next blocks.
     """
+    mtp = _mtp_blocks(model)
     used = {one for name in view.sources for names in view.sources[name].stored.values() for one in names}
     kinds = {re.sub(r"\d+", "#", name) for name in wanted if re.search(r"\.\d+\.", name)}
     optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
     for name in sorted(view.checkpoint.files.keys() - used):
+        if (number := re.search(r"(?<=\.)\d+(?=\.)", name)) and number[0] in mtp:
+            continue
         if re.sub(r"\d+", "#", name) in kinds and not any(pattern.search(name) for pattern in optional):
             raise QuantizationError(f"{name} is in {checkpoint.folder}, but the model of config.json has no such block")
 
@@ -218,3 +224,10 @@ def _check_shapes(checkpoint: Checkpoint, view: CheckpointView, wanted: dict[str
                 raise QuantizationError(f"{name} in {path} has shape {shape}, but config.json needs {needed}")
             if tensors[name].is_floating_point() and "F" not in dtype:
                 raise QuantizationError(f"{name} in {path} has dtype {dtype}, which is no floating point type")
+
+
+def _mtp_blocks(model: PreTrainedModel) -> set[str]:
+    """Numbers of the MTP layers, as blocks after the last."""
+    text = model.config.get_text_config()
+    count = max(getattr(text, field, None) or 0 for field in MTP_LAYERS)
+    return {str(text.num_hidden_layers + i) for i in range(count)}
