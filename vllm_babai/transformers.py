@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vllm_babai.format import FORMATS, CheckpointConfig, FormatError
 from vllm_babai.format.checksums import check_kept
-from vllm_babai.format.config import QUANT_METHOD, without_refusal
+from vllm_babai.format.config import OWN_ATTENTION, QUANT_METHOD, REFUSAL, without_refusal
 from vllm_babai.offline.model.checkpoint import Checkpoint, open_checkpoint
 from vllm_babai.offline.model.complete import check_complete
 from vllm_babai.offline.model.dense import dense_tensors
@@ -102,8 +102,12 @@ class BabaiQuantizer(HfQuantizer):
         return False
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Let transformers choose, where config.json has only what refuses others."""
-        return without_refusal(config)
+        """Take what the model's authors chose, else let transformers, where config.json has what refuses others."""
+        refused = config._attn_implementation == REFUSAL
+        without_refusal(config)
+        if refused:
+            config._attn_implementation = getattr(config, OWN_ATTENTION, None)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **options: Any

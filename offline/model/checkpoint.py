@@ -76,6 +76,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     damaged, incomplete or elsewhere.
     """
     folder = find_folder(model)
+    if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
+        raise QuantizationError(
+            f"{folder} holds GGUF files, which are already quantized; start from the original weights, as safetensors"
+        )
     if not (folder / "config.json").is_file():
         raise QuantizationError(f"{folder} is not a model: it has no config.json")
     read_json(folder / "config.json")

@@ -15,7 +15,7 @@ from vllm_babai.errors import QuantizationError
 from vllm_babai.files import write_atomically
 from vllm_babai.format import FORMATS
 from vllm_babai.format.checksums import SUMS, as_text, digest_of, file_sums, kept_checksums
-from vllm_babai.format.config import REFUSAL
+from vllm_babai.format.config import refusing
 from vllm_babai.format.index import INDEX
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint
 from vllm_babai.offline.model.place import MADE, RUN
@@ -66,7 +66,7 @@ def seal(folder: Path, config: dict[str, Any], files: list[Path], companions: li
     quantization = config["quantization_config"]
     parts = FORMATS[quantization["format"]].dtypes
     checked = {"digest": digest_of(sums), "checksums": kept_checksums(files, parts)}
-    write_config(folder, config | {"quantization_config": quantization | checked, "attn_implementation": REFUSAL})
+    write_config(folder, refusing(config | {"quantization_config": quantization | checked}))
     sums |= file_sums(folder, [folder / name for name in ("config.json", INDEX, *companions)])
     write_atomically(folder / SUMS, as_text(sums))
     return digest_of(sums)

@@ -24,7 +24,7 @@ from vllm_babai.format import (
     integer_range,
     share_beyond,
 )
-from vllm_babai.format.config import is_babai
+from vllm_babai.format.config import is_babai, restored
 from vllm_babai.offline.model.checkpoint import REPORT, Checkpoint, open_checkpoint, read_json
 from vllm_babai.offline.model.complete import CompleteCheckpoint, check_complete
 from vllm_babai.offline.model.dense import count_stored, dense_tensors, stored_linears
@@ -69,7 +69,7 @@ def convert(
     if "quantization_config" not in config:
         raise QuantizationError(f"{source} is not quantized: it has no quantization_config")
     checkpoint = check_complete(checkpoint)
-    config.pop("attn_implementation", None)  # which keeps transformers from loading checkpoints of babai
+    config = restored(config)
     run = {"command": "convert", "options": {"to": to, "dtype": str(dtype)}, "model": str(checkpoint.folder)}
     if to == "dense":
         del config["quantization_config"]

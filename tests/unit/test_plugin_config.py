@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -216,3 +216,10 @@ def test_weights_and_residency_are_in_the_key_of_compiled_graphs(tmp_path: Path)
     assert first == compile_key(tmp_path, {}, digest="0" * 64)
     assert first != compile_key(tmp_path, {}, digest="1" * 64)
     assert first != compile_key(tmp_path, {"babai_residency": "coded"}, digest="0" * 64)
+
+
+def test_one_group_of_state_space_heads_on_several_ranks() -> None:
+    with pytest.raises(NotImplementedError, match=r"^model\.layers\.0\.mamba\.in_proj: .*--tensor-parallel-size 1"):
+        ColumnParallelLinear(
+            64, 96, quant_config=config_of(), prefix="model.layers.0.mamba.in_proj", tp_rank=0, tp_size=2
+        )

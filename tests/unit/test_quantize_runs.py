@@ -216,6 +216,10 @@ def test_a_model_without_tokenizer_is_named(source: Path, options: QuantizeOptio
 def test_folders_that_hold_no_model_are_named(source: Path, options: QuantizeOptions, tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match=r"has no config\.json"):
         quantize(tmp_path, tmp_path / "out", options)
+    (tmp_path / "model-q4_k_m.gguf").touch()
+    with pytest.raises(QuantizationError, match=r"holds GGUF files, .* start from the original weights"):
+        quantize(tmp_path, tmp_path / "out", options)
+    (tmp_path / "model-q4_k_m.gguf").unlink()
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     with pytest.raises(QuantizationError, match="has no safetensors weights"):
         quantize(tmp_path, tmp_path / "out", options)

@@ -16,6 +16,7 @@ GROUP_SIZES = (-1, 32, 64, 128)
 # quantization with a warning and random weights; of all fields that vLLM leaves alone, this one makes it fail instead
 # (4.57 and 5.19), and shows the value.
 REFUSAL = "none: run `import vllm_babai.transformers` first, as this checkpoint is quantized by babai"
+OWN_ATTENTION = "babai_attn_implementation"  # beside it: what the model's authors had there
 RESIDENCIES = ("packed", "coded", "tiled")
 OF_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(\w+)")
 
@@ -155,6 +156,20 @@ def is_babai(config: Any) -> bool:
 def kind_of(linear: str, block: str) -> str:
     """Name of a linear in its block, the same in every block: `mlp.experts.#.up_proj`."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "#", linear.removeprefix(f"{block}."))
+
+
+def refusing(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with REFUSAL, and what was in its place."""
+    own = config.get("attn_implementation")
+    kept = {} if own in (None, REFUSAL) else {OWN_ATTENTION: own}
+    return config | kept | {"attn_implementation": REFUSAL}
+
+
+def restored(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json without what `refusing` did to it."""
+    rest = {key: value for key, value in config.items() if key not in ("attn_implementation", OWN_ATTENTION)}
+    own = config.get(OWN_ATTENTION)
+    return rest if own is None else rest | {"attn_implementation": own}
 
 
 def without_refusal(hf_config: Any) -> Any:

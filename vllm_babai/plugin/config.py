@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -115,6 +115,7 @@ class BabaiConfig(QuantizationConfig):
         scheme = self._common_scheme(prefix, linears)
         if scheme is None:
             return UnquantizedLinearMethod()
+        check_groups(layer, prefix)
         return self._method(self.checkpoint.residency, scheme, prefix, [linear.stored for linear in linears])
 
     def _vocabulary(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
@@ -188,3 +189,16 @@ class BabaiConfig(QuantizationConfig):
             )
             raise ValueError(f"{prefix}: vLLM fuses linears here that the checkpoint stores differently ({listing})")
         return schemes[0]
+
+
+def check_groups(layer: LinearBase, prefix: str) -> None:
+    """Raise NotImplementedError for a state-space layer of one group on several ranks (Granite 4).
+
+    vLLM repeats the rows of the group on every rank, by a loader for tensors called `weight` alone. Then and only then
+    it builds the linear as one of a single part.
+    """
+    if prefix.endswith(".in_proj") and type(layer) is ColumnParallelLinear and layer.tp_size > 1:
+        raise NotImplementedError(
+            f"{prefix}: its heads are one group, which vLLM repeats on every rank for dense weights alone: serve with"
+            " --tensor-parallel-size 1 (--pipeline-parallel-size may be more), or `babai convert OUT NEW --to dense`"
+        )
