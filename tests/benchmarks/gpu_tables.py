@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from expert_kernels import BASELINE as EXPERTS_BASELINE
 from harness import RESULTS, command_line, markdown
 from kernels import BASELINE, Report, Timing
 
@@ -20,7 +21,7 @@ from vllm_babai.triton_kernels.configs import FOLDER, Table, file_name
 
 ROOT = Path(__file__).parents[2]
 READMES = (ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md")
-KEPT = ("day", "serving", "profile", "quantize")  # JSON files of a day besides the kernels'
+KEPT = ("day", "experts", "serving", "profile", "quantize")  # JSON files of a day besides the kernels'
 
 Day = dict[str, Any]  # name of a JSON file → what it holds
 
@@ -76,6 +77,23 @@ def kernels_table(day: Day) -> str | None:
     return title + markdown(["layer", "kernel", *(f"M={m}" for m in tokens)], rows) + f"\n{versions(day)}\n"
 
 
+def experts_table(day: Day) -> str | None:
+    """Times the speed of vLLM's bf16 experts, by mixture and kernel."""
+    if "experts" not in day:
+        return None
+    seconds = {(one["mixture"], one["kernel"], one["tokens"]): one["seconds"] for one in day["experts"]["results"]}
+    tokens = sorted({m for _, _, m in seconds})
+    rows = []
+    for mixture, kernel in dict.fromkeys((mixture, kernel) for mixture, kernel, _ in seconds):
+        cells = []
+        for m in tokens:
+            own, other = seconds.get((mixture, kernel, m)), seconds.get((mixture, EXPERTS_BASELINE, m))
+            cells.append("" if own is None or other is None else f"{other / own:.2f}")
+        rows.append([mixture, kernel, *cells])
+    title = f"The experts of a layer, times the speed of {EXPERTS_BASELINE}.\n\n"
+    return title + markdown(["mixture", "kernel", *(f"M={m}" for m in tokens)], rows) + f"\n{versions(day)}\n"
+
+
 def serving_table(day: Day) -> str | None:
     """Milliseconds per token of one request and tokens per second of 64, of a model of 8B shapes."""
     if "serving" not in day:
@@ -100,6 +118,7 @@ def quantize_table(day: Day) -> str | None:
 
 TABLES: dict[str, Callable[[Day], str | None]] = {
     "kernels": kernels_table,
+    "experts": experts_table,
     "serving": serving_table,
     "quantize": quantize_table,
 }

@@ -58,12 +58,34 @@ class GPU:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The routed experts of a decoder block. linears: output × input features, of one. chosen: experts of a token."""
+
+    number: int
+    chosen: int
+    linears: tuple[tuple[int, int], ...]
+
+    def reached(self, tokens: int) -> int:
+        """Experts that so many tokens reach where each chooses at random."""
+        return round(self.number * (1 - (1 - self.chosen / self.number) ** tokens))
+
+
+@dataclass(frozen=True)
 class Model:
     """linears: output × input features, of one decoder block. embeddings: weights of the embedding, and of lm_head."""
 
     blocks: int
     linears: tuple[tuple[int, int], ...]
     embeddings: int
+    experts: Experts | None = None
+
+    @property
+    def weights(self) -> int:
+        """Of all linears but embedding and lm_head."""
+        block = sum(rows * columns for rows, columns in self.linears)
+        if self.experts:
+            block += self.experts.number * sum(rows * columns for rows, columns in self.experts.linears)
+        return self.blocks * block
 
 
 @dataclass(frozen=True)
@@ -113,6 +135,17 @@ def fused_seconds(gpu: GPU, form: Format, shape: tuple[int, int], tokens: int) -
     return max(moved, issued) + LAUNCH * (2 if tokens > 1 else 1)  # several tokens: x is transposed first
 
 
+def experts_seconds(gpu: GPU, form: Format, experts: Experts, tokens: int) -> float:
+    """All that a block's experts do: to the kernels those that tokens reach are one tall linear, times x once.
+
+    Besides, an activation and a weighted sum are launched, and visits are sorted where there are several tokens. The
+    instructions are those of a linear (`gate.json`: 2.23 for 2.19 at 4 bits on sm_90).
+    """
+    reached = experts.reached(tokens)
+    products = sum(form.seconds(gpu, form, (reached * rows, columns), tokens) for rows, columns in experts.linears)
+    return products + LAUNCH * (3 if tokens > 1 else 2)
+
+
 def trellis_seconds(gpu: GPU, form: Format, shape: tuple[int, int], tokens: int) -> float:
     """The kernel for a trellis, all of whose tiles have the bits that are nearest."""
     weights = shape[0] * shape[1]
@@ -157,6 +190,9 @@ GPUS = (  # data sheets and architecture papers of the vendor; L4's memory is le
 MODELS = {
     "Llama-3-8B": Model(32, ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)), 128256 * 4096),
     "Qwen3-32B": Model(64, ((10240, 5120), (5120, 8192), (51200, 5120), (5120, 25600)), 151936 * 5120),
+    "Qwen3-30B-A3B": Model(
+        48, ((5120, 2048), (2048, 4096)), 151936 * 2048, Experts(128, 8, ((1536, 2048), (2048, 768)))
+    ),
 }
 # Bits of an overflow entry on disk: `dense_sparse/overflow.py`. `packed` has the mean width of the reference model.
 # `coded` adds 0.08 bit of segments to the disk's, and 0.05 of tables: 16 KiB each, about ten a linear in that model.
@@ -177,6 +213,8 @@ def speed(gpu: GPU, form: Format, model: Model) -> str:
     rates = []
     for tokens in (1, 16):
         block = sum(form.seconds(gpu, form, shape, tokens) for shape in model.linears)
+        if model.experts:
+            block += experts_seconds(gpu, form, model.experts, tokens)
         rates.append(tokens / (model.blocks * block + gpu.move(form.head / 8 * model.embeddings)))
     return " / ".join(f"{float(f'{rate:.2g}'):.0f}" for rate in rates)
 
@@ -199,9 +237,11 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="Llama-3-8B")
     options = parser.parse_args()
     model = MODELS[options.model]
-    weights = model.blocks * sum(rows * columns for rows, columns in model.linears)
+    weights = model.weights
     rows = []
     for form in FORMATS:
+        if model.experts and form.seconds not in (bf16_seconds, fused_seconds):
+            continue  # experts are neither coded nor in a trellis
         outside = (2 + form.head / 8) * model.embeddings
         stored, held = (bits / 8 * weights + outside for bits in (form.disk, form.memory))
         load = stored / DISK + weights * (1 / form.rate + form.overflow / LAYOUT_RATE) + held / PCIE

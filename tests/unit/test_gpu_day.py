@@ -91,9 +91,14 @@ def day(tmp_path: Path) -> Path:
         timing | {"kernel": kernel, "tokens": m, "seconds": seconds}
         for m, kernel, seconds in ((1, "cuBLAS bf16", 4e-6), (1, "babai 4 bits", 1e-6), (64, "babai 4 bits", 2e-6))
     ]
+    experts = [
+        {"mixture": "Mixture", "kernel": kernel, "tokens": m, "seconds": seconds}
+        for kernel, m, seconds in (("vLLM bf16", 1, 3e-6), ("babai 4 bits", 1, 1e-6), ("babai 4 bits", 8, 2e-6))
+    ]
     files = {
         "day": {"machine": found, "steps": {"kernels": {"status": LATE, "seconds": 250.0, "why": ""}}},
         "Made-up_GPU": {"machine": found, "gpu": "Made-up GPU", "copy_bandwidth": 2e12, "timings": timings},
+        "experts": {"machine": found, "results": experts},
         "serving": {"machine": found, "results": {"bf16": {"tpot_ms": 8.25, "throughput": 1500.0}}},
     }
     for name, content in files.items():
@@ -107,12 +112,13 @@ def test_tables_are_filled_from_the_day(day: Path, tmp_path: Path) -> None:
     once = gpu_tables.fill(text, gpu_tables.read_day(day))
     assert "| down | babai 4 bits | 4.00 (50%) |  |" in once
     assert "| bf16 | 8.25 | 1500 |" in once
-    assert once.count("Made-up GPU, vLLM 0.32.0") == 2 and once.count("nothing yet") == 1  # nothing was quantized
+    assert "| Mixture | babai 4 bits | 3.00 |  |" in once
+    assert once.count("Made-up GPU, vLLM 0.32.0") == 3 and once.count("nothing yet") == 1  # nothing was quantized
     assert gpu_tables.fill(once, gpu_tables.read_day(day)) == once
     results, configs = tmp_path / "results", tmp_path / "configs"
     configs.mkdir()
     written = gpu_tables.keep(gpu_tables.read_day(day), day, results, configs)
-    assert {path.name for path in written} == {"day.json", "serving.json", "Made-up_GPU.json"}
+    assert {path.name for path in written} == {"day.json", "experts.json", "serving.json", "Made-up_GPU.json"}
     assert Table.read(configs / "Made-up_GPU.json").dequantize_from == 129
 
 
