@@ -11,6 +11,8 @@ from vllm_babai.ops.experts import ExpertTensors
 from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels import experts_layout, multiply_experts
 
+NO_BIASES = (torch.zeros(1024, 1), torch.zeros(1024, 1))  # of any expert
+
 
 @dataclass
 class Mixture:
@@ -19,6 +21,7 @@ class Mixture:
     gate_up: list[LatticeWeight]
     down: list[LatticeWeight]
     bits: int
+    biases: tuple[Tensor, ...] = ()
 
     def tensors(self) -> tuple[ExpertTensors, list[DeviceLayout]]:
         """For the kernels; and the layouts of every expert's gate_up."""
@@ -26,7 +29,7 @@ class Mixture:
         second = [layout_of(weight, self.bits) for weight in self.down]
         rows = len(self.gate_up[0].integers)
         sizes = (self.bits, self.bits, rows, rows // 2)
-        return ExpertTensors(experts_layout(first), experts_layout(second), *sizes), first
+        return ExpertTensors(experts_layout(first), experts_layout(second), *sizes, self.biases), first
 
 
 def random_experts(
@@ -57,9 +60,11 @@ def check(mixture: Mixture, x: Tensor, k: int = 2, elsewhere: float = 0.0) -> No
     for token, choice in (ids >= 0).nonzero().tolist():
         first, second = (part[ids[token, choice]].dequantize() for part in (mixture.gate_up, mixture.down))
         one, weight = x[token : token + 1], weights[token, choice]
-        exact[token] += (activate(one.double() @ first.double().t()).double() @ second.double().t())[0] * weight
-        inner = activate(one.bfloat16() @ first.bfloat16().t())
-        rounded[token] += (inner @ second.bfloat16().t())[0].double() * weight
+        before, after = (bias[ids[token, choice]] for bias in mixture.biases or NO_BIASES)
+        inner = activate(one.double() @ first.double().t() + before).double()
+        exact[token] += (inner @ second.double().t() + after)[0] * weight
+        inner = activate(one.bfloat16() @ first.bfloat16().t() + before.bfloat16())
+        rounded[token] += (inner @ second.bfloat16().t() + after.bfloat16())[0].double() * weight
     assert y.shape == x.shape and y.dtype == x.dtype
     assert torch.isfinite(y).all()
     tolerance = 1.5 * (rounded.bfloat16().double() - exact).norm() + 1e-30

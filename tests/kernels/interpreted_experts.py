@@ -33,6 +33,13 @@ def test_groups_and_fp16(tokens: int) -> None:
     check(random_experts(3, 128, 64, 4, groups=2), torch.randn(tokens, 128).half())
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_biases(tokens: int) -> None:
+    mixture = random_experts(3, 64, 32, 4)
+    mixture.biases = torch.randn(3, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+    check(mixture, torch.randn(tokens, 64).bfloat16(), elsewhere=0.3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dequantized_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a workspace that holds a tile of an expert; blocks that are not full, columns that fill no turn."""

@@ -65,6 +65,7 @@ def loaded(
     *,
     rank: int = 0,
     ranks: int = 1,
+    has_bias: bool = False,
     change: Callable[[int, str, Tensor], list[Tensor]] = lambda expert, shard, tensor: [tensor],
 ) -> BabaiExpertsMethod:
     """The method after loading, as rank `rank` of `ranks` that divide each expert.
@@ -72,7 +73,7 @@ def loaded(
     change: what the checkpoint has of an expert's tensor in its place.
     """
     readers = {stem: READERS[form, "packed"](LayerScheme(4 if form == "ssqr" else None)) for stem in ("w13", "w2")}
-    moe: Any = SimpleNamespace(**ONE_RANK | {"tp_rank": rank, "tp_size": ranks})
+    moe: Any = SimpleNamespace(**ONE_RANK | {"tp_rank": rank, "tp_size": ranks, "has_bias": has_bias})
     method = BabaiExpertsMethod(moe, "experts", NAMES, readers, LoadProgress(), KeptTensors(None))
     with set_current_vllm_config(VllmConfig()):
         method.create_weights(layer, len(layer.local), HIDDEN, INNER // ranks, torch.float32, EXPERTS)
@@ -189,7 +190,6 @@ def test_an_expert_that_is_not_there_at_all_is_named(weights: Weights) -> None:
     ("device", "changes", "message"),
     [
         ("meta", {}, "not for meta"),
-        ("cpu", {"has_bias": True}, "experts: .*biases"),
         ("cpu", {"swiglu_limit": 7.0}, "experts: .*swiglu_limit"),
         ("cpu", {"tp_size": 32}, "experts: .*do not divide among ranks"),
     ],
@@ -201,6 +201,11 @@ def test_what_cannot_be_served_is_refused(device: str, changes: dict[str, Any], 
     layer, inner = Layer(range(EXPERTS)), INNER // moe.tp_size
     with torch.device(device), pytest.raises((NotImplementedError, ValueError), match=message):
         method.create_weights(layer, EXPERTS, HIDDEN, inner, torch.float32, EXPERTS)
+
+
+def test_biases_that_the_checkpoint_lacks_are_named(weights: Weights) -> None:
+    with pytest.raises(FormatError, match="experts: its experts have biases"):
+        loaded("ssqr", weights, Layer(range(EXPERTS)), has_bias=True)
 
 
 def test_a_wider_dense_part_is_the_same_weight(weights: Weights) -> None:

@@ -18,14 +18,17 @@ from vllm_babai.offline.tools.convert import convert
 
 # What vLLM does not serve quantized or not here, and why.
 NOT_HERE = {
-    "gpt-oss": "its experts have biases",
     "kimi-linear": "its attention imports cutlass, for CUDA alone",
     "minimax-m2": "its class reads e_score_correction_bias, which transformers does not write for the tiny model",
     "nemotron-h": "experts without a gate are for CUDA alone",
     "phi-moe": "transformers names its class otherwise than vLLM, which then takes a class that asks for other names",
     "qwen3.5-moe": "its class imports torchvision",
 }
-OPTIONS: dict[str, dict[str, Any]] = {"mixtral": {"format": "hptq", "rate": 4.0}, "deepseek-v3": {"target_bits": 4.3}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mixtral": {"format": "hptq", "rate": 4.0},
+    "deepseek-v3": {"target_bits": 4.3},
+    "gpt-oss": {"format": "hptq", "rate": 4.0},
+}
 SERVED = [*OPTIONS, *(name for name in (*SOME, *MORE) if name not in OPTIONS and name not in NOT_HERE)]
 
 
@@ -52,7 +55,7 @@ def outputs(layers: list[Any], routing: tuple[Tensor, Tensor, Tensor]) -> list[T
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name == "mixtral" else pytest.mark.long) for name in SERVED]
+    "family", [pytest.param(name, marks=() if name == "gpt-oss" else pytest.mark.long) for name in SERVED]
 )
 def test_ranks_add_up_to_the_dense_twin(
     family: str, tmp_path: Path, short_text: Path, save_random_model: Callable[..., Path]
@@ -81,10 +84,3 @@ def summed(out: Path, routing: tuple[Tensor, Tensor, Tensor], *, expert_parallel
     """What two ranks add up to, layer by layer."""
     ranks = [routed_layers(load_as_rank(out, rank, 2, expert_parallel=expert_parallel)) for rank in range(2)]
     return [torch.stack(layer).sum(0) for layer in zip(*(outputs(layers, routing) for layers in ranks), strict=True)]
-
-
-def test_experts_with_biases_are_refused(
-    tmp_path: Path, short_text: Path, save_random_model: Callable[..., Path]
-) -> None:
-    with pytest.raises(NotImplementedError, match=r"experts: experts with biases \(gpt-oss\)"):
-        load_as_rank(quantized("gpt-oss", tmp_path, short_text, save_random_model))

@@ -32,8 +32,12 @@ def multiply_experts(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertTen
     order = order[int((flat < 0).sum()) :]
     token = order // ids.shape[1]
     counts = torch.bincount(flat[order], minlength=len(experts.gate_up.dense)).tolist()
-    inner = activate(_multiply_sorted(x[token], counts, experts.gate_up, experts.gate_up_bits, experts.gate_up_rows))
-    found = _multiply_sorted(inner, counts, experts.down, experts.down_bits, x.shape[1])
+    outputs = _multiply_sorted(x[token], counts, experts.gate_up, experts.gate_up_bits, experts.gate_up_rows)
+    if experts.biases:
+        outputs += experts.biases[0][flat[order]]
+    found = _multiply_sorted(activate(outputs), counts, experts.down, experts.down_bits, x.shape[1])
+    if experts.biases:
+        found += experts.biases[1][flat[order]]
     weighted = found.float() * weights.flatten()[order, None]
     return torch.zeros(x.shape, dtype=torch.float32).index_add_(0, token, weighted).to(x.dtype)
 

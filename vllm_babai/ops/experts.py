@@ -15,7 +15,7 @@ class ExpertTensors(NamedTuple):
 
     gate_up: gate above up, or the only linear before the activation. down: the one after. Both are what the backend's
     `experts_layout` makes. gate_up_bits, down_bits: of their dense parts. gate_up_rows: of each expert. inner: columns
-    of down, what `activate` leaves of them.
+    of down, what `activate` leaves of them. biases: of both linears, [experts, rows] each, or none.
     """
 
     gate_up: DeviceLayout
@@ -24,3 +24,4 @@ class ExpertTensors(NamedTuple):
     down_bits: int
     gate_up_rows: int
     inner: int
+    biases: tuple[Tensor, ...] = ()

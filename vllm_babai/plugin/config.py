@@ -9,6 +9,7 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, 
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models import ModelRegistry
 
 from vllm_babai.format import FORMATS, CheckpointConfig, LayerScheme
 from vllm_babai.format.config import QUANT_METHOD, without_refusal
@@ -34,6 +35,7 @@ def register_config() -> None:
     """Make `babai` known to vLLM as a quantization method. Idempotent."""
     register_quantization_config(QUANT_METHOD)(BabaiConfig)
     register_embedding(BabaiConfig)
+    ModelRegistry.register_model("GptOssForCausalLM", "vllm_babai.plugin.gpt_oss:GptOssWithExperts")
 
 
 class BabaiConfig(QuantizationConfig):

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_babai.format import Overflow, integer_range, pack, unpack
+from vllm_babai.format import FormatError, Overflow, integer_range, pack, unpack
 from vllm_babai.ops.backends import backend
 from vllm_babai.ops.experts import ExpertTensors
 from vllm_babai.ops.layout import DeviceLayout
@@ -36,6 +36,7 @@ ACTIVATIONS = {  # which need nothing but their input
     MoEActivation.GELU_NO_MUL,
     MoEActivation.GELU_TANH_NO_MUL,
     MoEActivation.RELU2_NO_MUL,
+    MoEActivation.SWIGLUOAI,  # with gpt-oss's constants, see `plugin.moe`
 }
 
 
@@ -84,10 +85,6 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
         Raises ValueError when the experts cannot be cut for this rank, NotImplementedError for what is not there yet,
         FormatError for a weight file that is cut or missing.
         """
-        if self.moe.has_bias:
-            raise NotImplementedError(
-                f"{self.prefix}: experts with biases (gpt-oss) are not served yet: convert --to dense"
-            )
         if self.moe.swiglu_limit is not None or layer.activation not in ACTIVATIONS:
             limit = "" if self.moe.swiglu_limit is None else f" with swiglu_limit {self.moe.swiglu_limit}"
             raise NotImplementedError(
@@ -115,6 +112,9 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
                 placeholder = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
                 set_weight_attrs(placeholder, {"weight_loader": partial(self._load, layer, stem, key)})
                 layer.register_parameter(f"{stem}_{key}", placeholder)
+            if self.moe.has_bias:
+                unknown = torch.full((num_experts, self._rows(stem)), torch.nan, dtype=params_dtype)
+                layer.register_parameter(f"{stem}_bias", Parameter(unknown, requires_grad=False))
         self.progress.expect()
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -135,6 +135,9 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
                 delattr(layer, f"{stem}_{key}")
             for field, tensor in maker.experts_layout(layouts)._asdict().items():
                 layer.register_parameter(f"{stem}_{field}", Parameter(tensor, requires_grad=False))
+        for bias in self._biases(layer):
+            if bias.isnan().any():
+                raise FormatError(f"{self.prefix}: its experts have biases, and the checkpoint has not those of all")
         maker.warm_up_experts(self._tensors(layer), self.hidden, self.dtype)
         self.parts.clear()
         self.progress.advance("Packing")
@@ -158,7 +161,25 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
 
     def _tensors(self, layer: Module) -> ExpertTensors:
         first, second = (DeviceLayout(*(getattr(layer, f"{stem}_{field}") for field in FIELDS)) for stem in SHARDS)
-        return ExpertTensors(first, second, self.bits["w13"], self.bits["w2"], self._rows("w13"), self.inner)
+        sizes = self.bits["w13"], self.bits["w2"], self._rows("w13"), self.inner
+        return ExpertTensors(first, second, *sizes, self._biases(layer))
+
+    def _biases(self, layer: Module) -> tuple[Tensor, ...]:
+        return tuple(getattr(layer, f"{stem}_bias") for stem in SHARDS if self.moe.has_bias)
+
+    def load_biases(self, layer: Module, stem: str, parts: list[Tensor]) -> None:
+        """Take this rank's share. parts: [experts, rows] of each linear of a stem, of all experts.
+
+        What is added to the output of w2 is summed over ranks, so the first alone adds it.
+        """
+        rank = self.moe.tp_rank
+        own = slice(rank * self.inner, (rank + 1) * self.inner) if stem == "w13" else slice(None)
+        taken = torch.cat([part[:, own] for part in parts], 1)
+        bias = getattr(layer, f"{stem}_bias").data
+        for local, number in self.numbers.items():
+            bias[local] = taken[number]
+        if stem == "w2" and rank:
+            bias.zero_()
 
     def _rows(self, stem: str) -> int:
         return self.hidden if stem == "w2" else self.inner * len(self._shards(stem))

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
+from vllm.model_executor.layers.fused_moe.activation import (
+    ApplyMoEActivationConfig,
+    MoEActivation,
+    apply_moe_activation,
+)
 
 from vllm_babai.ops.backends import backend
 from vllm_babai.ops.experts import ExpertTensors
@@ -16,6 +20,7 @@ from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.ops.register import register
 
 FIELDS = len(DeviceLayout._fields)
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # gpt-oss's, as vLLM has them, too
 
 
 def multiply_experts(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertTensors, activation: str) -> Tensor:
@@ -24,20 +29,37 @@ def multiply_experts(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertTen
     weights: float32 [tokens, k]. ids: int [tokens, k], which expert of this rank; −1: one of another rank.
     activation: a value of vLLM's MoEActivation.
     """
-    gate_up, down, *sizes = experts
-    return torch.ops.babai.moe(x, weights, ids, [*gate_up, *down], sizes, activation)
+    gate_up, down, *sizes, biases = experts
+    return torch.ops.babai.moe(x, weights, ids, [*gate_up, *down, *biases], sizes, activation)
 
 
 def _moe(x: Tensor, weights: Tensor, ids: Tensor, tensors: list[Tensor], sizes: list[int], activation: str) -> Tensor:
-    experts = ExpertTensors(DeviceLayout(*tensors[:FIELDS]), DeviceLayout(*tensors[FIELDS:]), *sizes)
+    layouts, biases = tensors[: 2 * FIELDS], tuple(tensors[2 * FIELDS :])
+    experts = ExpertTensors(DeviceLayout(*layouts[:FIELDS]), DeviceLayout(*layouts[FIELDS:]), *sizes, biases)
     kind = MoEActivation(activation)
 
     def activate(outputs: Tensor) -> Tensor:
+        if kind is MoEActivation.SWIGLUOAI:
+            return swiglu_of_gpt_oss(outputs)
         inner = outputs.new_empty(len(outputs), experts.inner)
         apply_moe_activation(kind, inner, outputs)
         return inner
 
     return backend(x.device.type).multiply_experts(x, weights, ids, experts, activate)
+
+
+def swiglu_of_gpt_oss(outputs: Tensor) -> Tensor:
+    """[rows, 2 · inner], gate beside up → (up + 1) · gate · sigmoid(1.702 · gate), both clamped at 7.
+
+    vLLM has a kernel for it on GPUs alone; the one it calls swigluoai wants gates and ups in turn, which ours are not.
+    """
+    if outputs.is_cuda:
+        inner = outputs.new_empty(len(outputs), outputs.shape[1] // 2)
+        how = ApplyMoEActivationConfig(clamp_limit=SWIGLU_LIMIT, alpha=SWIGLU_ALPHA, beta=1.0)
+        return apply_moe_activation(MoEActivation.SWIGLUOAI_UNINTERLEAVE, inner, outputs, activation_config=how)
+    gate, up = outputs.chunk(2, 1)
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return (up + 1) * gate * torch.sigmoid(SWIGLU_ALPHA * gate)
 
 
 def _moe_fake(x: Tensor, *_: Any) -> Tensor:
