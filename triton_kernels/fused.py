@@ -49,7 +49,8 @@ class Tiling(NamedTuple):
     one_tile: of tokens, for every m of this bucket. stored_tokens: tokens of a tile that may exist, the bucket.
     sum_step: partial sums of an element that are loaded at a time. overflow_tokens, overflow_step, overflow_stages:
     tokens, entries of a row at a time, and depth of the pipeline, of the overflow part. dependent: may start before the
-    transposition of x has ended. stages: depth of the dense part's pipeline. backend: of `Target`.
+    transposition of x has ended. stages: depth of the dense part's pipeline. backend: of `Target`. biased: of experts,
+    whether each row has a bias.
     """
 
     bits: int
@@ -68,6 +69,7 @@ class Tiling(NamedTuple):
     dependent: bool
     stages: int
     backend: str
+    biased: bool = False
 
 
 @triton.jit(do_not_specialize=["m", "splits", "panels"])

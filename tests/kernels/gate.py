@@ -57,12 +57,12 @@ MULTIPLY_CODED = {
 
 EXPERTS = {
     "layer": LAYER,
-    "operands": experts_fused.Operands("*bf16", "*bf16", "*fp32", "*bf16", "*i32", "*i32", "*i32"),
+    "operands": experts_fused.Operands("*bf16", "*bf16", "*fp32", "*bf16", "*i32", "*i32", "*i32", "*bf16"),
     "sizes": experts_fused.Sizes(n="i32:16", k="i32:16", padded_rows="i32:16", group_size="i32", own_rows="i32:16"),
     **dict.fromkeys(("blocks", "splits", "panels", "per_row"), "i32"),
 }
 EXPERTS_PRODUCT = {
-    "operands": grouped.Operands("*bf16", "*bf16", "*bf16", "*i32", "*i32"),
+    "operands": grouped.Operands("*bf16", "*bf16", "*bf16", "*i32", "*i32", "*bf16"),
     "sizes": grouped.Sizes(n="i32:16", k="i32:16", own_rows="i32:16"),
     **dict.fromkeys(("first_row", "last_row", "per_row"), "i32"),
 }
@@ -272,7 +272,7 @@ def experts_gate(architecture: str, target: Target) -> dict[str, dict[str, float
         compiled = compile_kernel(experts_fused.experts_kernel, EXPERTS, {"TILING": tiling}, architecture, config.warps)
         name = f"experts {bits} bits, {tokens} row{'s' if tokens > 1 else ''}"
         results[name] = measure(compiled, config.rows * geometry.block_columns)
-    constants = {"PRODUCT": grouped.product(2048, torch.bfloat16, target)}
+    constants = {"PRODUCT": grouped.product(2048, torch.bfloat16, target, biased=False)}
     compiled = compile_kernel(grouped.product_kernel, EXPERTS_PRODUCT, constants, architecture, grouped.WARPS)
     results["experts, dequantized"] = measure(compiled, 0)
     constants = {"ROWS": 16, "EXPERTS": 128}

@@ -33,11 +33,15 @@ def test_groups_and_fp16(tokens: int) -> None:
     check(random_experts(3, 128, 64, 4, groups=2), torch.randn(tokens, 128).half())
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_biases(tokens: int) -> None:
-    mixture = random_experts(3, 64, 32, 4)
-    mixture.biases = torch.randn(3, 64).bfloat16(), torch.randn(3, 64).bfloat16()
-    check(mixture, torch.randn(tokens, 64).bfloat16(), elsewhere=0.3)
+@pytest.mark.parametrize(("tokens", "processors", "dequantized"), [(1, 1000, False), (5, 4, False), (5, 4, True)])
+def test_biases(tokens: int, processors: int, dequantized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added once, whatever the number of splits."""
+    target = Target("interpreter", "sm_90", "interpreter", processors)
+    monkeypatch.setattr(Target, "of", lambda device: target)
+    monkeypatch.setattr(dispatch, "goes_dequantized", lambda *_: dequantized)
+    mixture = random_experts(3, 320, 32, 4)
+    mixture.biases = torch.randn(3, 64).bfloat16(), torch.randn(3, 320).bfloat16()
+    check(mixture, torch.randn(tokens, 320).bfloat16(), elsewhere=0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -133,6 +133,8 @@ def test_experts(
     compile_for(architecture, monkeypatch)
     spread = 3000 if dtype == BF16 else 40  # gate times up stays within fp16
     mixture = random_experts(3, 256, 64, 4, groups, spreads=(6, spread))
+    if tokens != 5:
+        mixture.biases = torch.randn(3, 128).to(dtype), torch.randn(3, 256).to(dtype)
     check_experts(mixture, torch.randn(tokens, 256).to(dtype), elsewhere=0.2)
 
 
@@ -143,7 +145,9 @@ def test_dequantized_experts(architecture: str, dtype: torch.dtype, monkeypatch:
     compile_for(architecture, monkeypatch)
     monkeypatch.setattr(experts_dispatch, "goes_dequantized", lambda *_: True)
     monkeypatch.setattr(dequantize, "WORKSPACE", 128 * 80)
-    check_experts(random_experts(2, 80, 72, 4), torch.randn(3, 80).to(dtype), elsewhere=0.3)
+    mixture = random_experts(2, 80, 72, 4)
+    mixture.biases = torch.randn(2, 144).to(dtype), torch.randn(2, 80).to(dtype)
+    check_experts(mixture, torch.randn(3, 80).to(dtype), elsewhere=0.3)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = 
         (*ONE, "--enforce-eager", "--tensor-parallel-size", "2", "--enable-expert-parallel"),
     ),
     "olmoe": ("OlmoeConfig", WIDE | {"num_experts": 8}, {}, (*ONE, "--enforce-eager", "--tensor-parallel-size", "2")),
-    "gpt-oss": ("GptOssConfig", {"num_local_experts": 4}, {}, (*ONE, "--enforce-eager")),
     "deepseek-v2": ("DeepseekV2Config", LATENT_EXPERTS, {"target_bits": 4.3}, (*ONE, "--enforce-eager")),
 }
 FIRST, *OTHERS = CASES

@@ -34,12 +34,9 @@ def _multiply(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertTensors, a
     first = geometry_of(experts.gate_up_bits, hidden, experts.gate_up_rows)
     second = geometry_of(experts.down_bits, experts.inner, hidden)
     multiply = multiply_grouped if rows == PRODUCT_BLOCK else multiply_routed
-    outputs = multiply(x, ids.shape[1], routing, experts.gate_up, first, target)
-    if experts.biases:  # visits of other ranks take any: nobody reads them
-        outputs += experts.biases[0][ids.flatten()]
-    found = multiply(aligned(activate(outputs)), 1, routing, experts.down, second, target)
-    if experts.biases:
-        found += experts.biases[1][ids.flatten()]
+    biases = experts.biases or (None, None)
+    outputs = multiply(x, ids.shape[1], routing, experts.gate_up, first, biases[0], target)
+    found = multiply(aligned(activate(outputs)), 1, routing, experts.down, second, biases[1], target)
     return combine(found, weights, ids, target)
 
 

@@ -32,6 +32,7 @@ from vllm_babai.triton_kernels.unpack import round_to
 class Operands(NamedTuple):
     """Pointers of one call. x: [visits / per_row, k]. xt: [k, rows of all blocks]; x again where unused. partials:
     fp32, as of `fused.Operands`. y: [visits, n]. owners, visits: as of `Routing`. counters: int32, zero, one a tile.
+    bias: [experts, n]; x again where there is none.
     """
 
     x: Tensor
@@ -41,6 +42,7 @@ class Operands(NamedTuple):
     owners: Tensor
     visits: Tensor
     counters: Tensor
+    bias: Tensor
 
 
 class Sizes(NamedTuple):
@@ -89,10 +91,13 @@ def experts_kernel(layer, operands, sizes, blocks, splits, panels, per_row, TILI
                 total = panels_sum(layer, operands, sizes, blocks * STORED, corner, own_panels, TILING)
         total = dense_sum(layer, x_rows[None, :], present[None, :], sizes, first_row, column_blocks, total, TILING)
         columns = row_block * ROWS + tl.arange(0, ROWS)
+        bias_ptrs = operands.bias + owner * sizes.n + columns
         if splits == 1:
             visits, present = visits_of(operands.visits, block, TOKENS, STORED)
             y_ptrs = operands.y + visits.to(tl.int64)[None, :] * sizes.n + columns[:, None]
             inside = present[None, :] & (columns < sizes.n)[:, None]
+            if TILING.biased:
+                total += tl.load(bias_ptrs, mask=columns < sizes.n, other=0.0).to(tl.float32)[:, None]
             tl.store(y_ptrs, round_to(total, operands.y.dtype.element_ty, TILING.backend), mask=inside)
         else:
             store_partial(operands.partials, slot, total, STORED, TOKENS)
@@ -102,6 +107,8 @@ def experts_kernel(layer, operands, sizes, blocks, splits, panels, per_row, TILI
                 stored, exists = visits_of(operands.visits, block, STORED, STORED)
                 inside = exists[:, None] & (columns < sizes.n)[None, :]
                 sums = sum_splits(operands.partials, inside, tile * splits, splits, TILING)
+                if TILING.biased:
+                    sums += tl.load(bias_ptrs, mask=columns < sizes.n, other=0.0).to(tl.float32)[None, :]
                 y_ptrs = operands.y + stored.to(tl.int64)[:, None] * sizes.n + columns[None, :]
                 tl.store(y_ptrs, round_to(sums, operands.y.dtype.element_ty, TILING.backend), mask=inside)
 
@@ -122,12 +129,18 @@ def visits_of(visits_ptr, block, COUNT: tl.constexpr, ROWS: tl.constexpr):
 
 
 def multiply_routed(
-    x: Tensor, per_row: int, routing: Routing, layout: DeviceLayout, geometry: Geometry, target: Target
+    x: Tensor,
+    per_row: int,
+    routing: Routing,
+    layout: DeviceLayout,
+    geometry: Geometry,
+    bias: Tensor | None,
+    target: Target,
 ) -> Tensor:
     """x [visits / per_row, in_features] bf16 or fp16 → y [visits, out_features] in x's dtype, a row a visit.
 
-    per_row: visits that share a row of x. layout: of all experts. geometry: of one. Rows of visits that belong to no
-    expert here are left as they are. Deterministic.
+    per_row: visits that share a row of x. layout: of all experts. geometry: of one. bias: [experts, out_features].
+    Rows of visits that belong to no expert here are left as they are. Deterministic.
     """
     groups, rows, blocks = layout.scales.shape[0], routing.rows, len(routing.owners)
     config = config_for(target, geometry.bits, rows, (geometry.out_features, geometry.in_features), groups)
@@ -145,13 +158,13 @@ def multiply_routed(
     layer, tall = arguments(layout, geometry_of(geometry.bits, geometry.in_features, layout.scales.shape[1]))
     experts_kernel[(launch.programs,)](
         layer,
-        Operands(x, transposed, partials, y, routing.owners, routing.visits, counters),
+        Operands(x, transposed, partials, y, routing.owners, routing.visits, counters, x if bias is None else bias),
         Sizes(geometry.out_features, geometry.in_features, tall.padded_rows, tall.group_size, geometry.padded_rows),
         blocks,
         launch.splits,
         panels,
         per_row,
-        TILING=launch.tiling._replace(one_tile=False, dependent=False),
+        TILING=launch.tiling._replace(one_tile=False, dependent=False, biased=bias is not None),
         num_warps=config.warps,
         enable_fp_fusion=True,
     )

@@ -26,7 +26,7 @@ WARPS = 8
 class Operands(NamedTuple):
     """Pointers. x: [visits / per_row, k]. weight: [rows, k], of the workspace. y: [visits, n], in any type.
 
-    owners, visits: as of `Routing`.
+    owners, visits: as of `Routing`. bias: [experts, n]; x again where there is none.
     """
 
     x: Tensor
@@ -34,6 +34,7 @@ class Operands(NamedTuple):
     y: Tensor
     owners: Tensor
     visits: Tensor
+    bias: Tensor
 
 
 class Sizes(NamedTuple):
@@ -47,7 +48,7 @@ class Sizes(NamedTuple):
 class Product(NamedTuple):
     """Compile-time constants. rows, tokens: of an output tile. columns: of a turn. stages: of the pipeline.
 
-    even_k: columns divides in_features. backend: of `Target`.
+    even_k: columns divides in_features. backend: of `Target`. biased: there is a bias.
     """
 
     rows: int
@@ -56,6 +57,7 @@ class Product(NamedTuple):
     stages: int
     even_k: bool
     backend: str
+    biased: bool
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "per_row"])
@@ -92,37 +94,46 @@ def product_kernel(operands, sizes, first_row, last_row, per_row, PRODUCT: tl.co
             total = matrix_product(x, weight, total, PRODUCT.backend)
         outputs = own_row + tl.arange(0, ROWS)
         y_ptrs = operands.y + visits.to(tl.int64)[:, None] * sizes.n + outputs[None, :]
+        if PRODUCT.biased:
+            bias = tl.load(operands.bias + owner * sizes.n + outputs, mask=outputs < sizes.n, other=0.0)
+            total += bias.to(tl.float32)[None, :]
         y = round_to(total, operands.y.dtype.element_ty, PRODUCT.backend)
         tl.store(y_ptrs, y, mask=(visits >= 0)[:, None] & (outputs < sizes.n)[None, :])
 
 
-def product(in_features: int, dtype: torch.dtype, target: Target) -> Product:
+def product(in_features: int, dtype: torch.dtype, target: Target, *, biased: bool) -> Product:
     """Compile-time constants for x of `dtype`. The pipeline takes 96 KiB, which every GPU has but gfx942."""
     columns = 128 // dtype.itemsize
     stages = 2 if target.backend == "hip" else 3
-    return Product(ROW_ALIGNMENT, PRODUCT_BLOCK, columns, stages, in_features % columns == 0, target.backend)
+    return Product(ROW_ALIGNMENT, PRODUCT_BLOCK, columns, stages, in_features % columns == 0, target.backend, biased)
 
 
 def multiply_grouped(
-    x: Tensor, per_row: int, routing: Routing, layout: DeviceLayout, geometry: Geometry, target: Target
+    x: Tensor,
+    per_row: int,
+    routing: Routing,
+    layout: DeviceLayout,
+    geometry: Geometry,
+    bias: Tensor | None,
+    target: Target,
 ) -> Tensor:
     """x [visits / per_row, in_features] bf16, fp16 or fp32 → y [visits, out_features] in x's dtype, a row a visit.
 
-    per_row: visits that share a row of x. layout: of all experts. geometry: of one. Rows of visits that belong to no
-    expert here are left as they are. Deterministic.
+    per_row: visits that share a row of x. layout: of all experts. geometry: of one. bias: [experts, out_features].
+    Rows of visits that belong to no expert here are left as they are. Deterministic.
     fp16 goes through bf16: fp16 has no room for small scales times large integers.
     """
     inputs = x.to(torch.bfloat16) if x.dtype == torch.float16 else x
     tall = geometry_of(geometry.bits, geometry.in_features, layout.scales.shape[1])
     sizes = Sizes(geometry.out_features, geometry.in_features, geometry.padded_rows)
-    form = product(geometry.in_features, inputs.dtype, target)
+    form = product(geometry.in_features, inputs.dtype, target, biased=bias is not None)
     y = x.new_empty(len(x) * per_row, geometry.out_features)
     grid = (len(routing.owners) * -(-geometry.out_features // form.rows),)
     first = 0
     for weight in dequantized_parts(layout, tall, inputs.dtype, target.backend):
         last = first + len(weight)
         product_kernel[grid](
-            Operands(inputs, weight, y, routing.owners, routing.visits),
+            Operands(inputs, weight, y, routing.owners, routing.visits, inputs if bias is None else bias),
             sizes,
             first,
             last,
