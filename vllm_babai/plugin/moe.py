@@ -35,15 +35,17 @@ def multiply_experts(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertTen
 
 def _moe(x: Tensor, weights: Tensor, ids: Tensor, tensors: list[Tensor], sizes: list[int], activation: str) -> Tensor:
     layouts, biases = tensors[: 2 * FIELDS], tuple(tensors[2 * FIELDS :])
-    experts = ExpertTensors(DeviceLayout(*layouts[:FIELDS]), DeviceLayout(*layouts[FIELDS:]), *sizes, biases)
+    gate_up, down = DeviceLayout(*layouts[:FIELDS]), DeviceLayout(*layouts[FIELDS:])
+    gate_up_bits, down_bits, rows, inner = sizes
+    experts = ExpertTensors(gate_up, down, gate_up_bits, down_bits, rows, inner, biases)
     kind = MoEActivation(activation)
 
     def activate(outputs: Tensor) -> Tensor:
         if kind is MoEActivation.SWIGLUOAI:
             return swiglu_of_gpt_oss(outputs)
-        inner = outputs.new_empty(len(outputs), experts.inner)
-        apply_moe_activation(kind, inner, outputs)
-        return inner
+        activated = outputs.new_empty(len(outputs), inner)
+        apply_moe_activation(kind, activated, outputs)
+        return activated
 
     return backend(x.device.type).multiply_experts(x, weights, ids, experts, activate)
 
