@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = 
         (*ONE, "--enforce-eager", "--tensor-parallel-size", "2", "--enable-expert-parallel"),
     ),
     "olmoe": ("OlmoeConfig", WIDE | {"num_experts": 8}, {}, (*ONE, "--enforce-eager", "--tensor-parallel-size", "2")),
+    "gpt-oss": ("GptOssConfig", {"num_local_experts": 4}, {}, (*ONE, "--enforce-eager")),
     "deepseek-v2": ("DeepseekV2Config", LATENT_EXPERTS, {"target_bits": 4.3}, (*ONE, "--enforce-eager")),
 }
 FIRST, *OTHERS = CASES
@@ -73,6 +74,7 @@ def test_served_as_the_dense_twin(case: str, tmp_path: Path, start_servers: Call
     expected = answer_of_twin(out)
     with start_servers((out, *arguments)) as (server,), ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: served_answer(server.client, expected.tokens, 8), range(16)))
-        check_chat(server.client)
+        if case != "gpt-oss":  # whose chat vLLM writes in tokens that the small vocabulary has not
+            check_chat(server.client)
     for answer in answers:
         assert answer.logprobs == pytest.approx(expected.logprobs, abs=0.02)
