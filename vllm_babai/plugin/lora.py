@@ -7,13 +7,13 @@ from vllm.config import VllmConfig, get_current_vllm_config_or_none
 
 
 def show_weight(layer: Any, vllm_config: VllmConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Give a quantized head or embedding a `weight` without elements where adapters are served.
+    """Give a quantized head or embedding a `weight` of one number where adapters are served.
 
     vLLM's LoRA layers take dtype and device of it, and nothing else. It is no parameter, so that it is neither loaded
-    nor saved, and a product with it fails.
+    nor saved; a product with it fails, and it equals no other, as vLLM shares the heads of drafts where they are equal.
     """
     if vllm_config.lora_config is not None:
-        layer.weight = torch.empty(0, dtype=dtype, device=device)
+        layer.weight = torch.full((1,), torch.nan, dtype=dtype, device=device)
 
 
 def check_experts(prefix: str) -> None:
