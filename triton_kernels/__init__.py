@@ -5,8 +5,14 @@ if __name__ == "triton_kernels":
 
 from vllm_babai.triton_kernels.coded import multiply_coded, warm_up_coded
 from vllm_babai.triton_kernels.dispatch import matmul, warm_up
-from vllm_babai.triton_kernels.experts.dispatch import multiply_experts, warm_up_experts
+from vllm_babai.triton_kernels.experts.dispatch import (
+    multiply_experts,
+    multiply_trellis_experts,
+    warm_up_experts,
+    warm_up_trellis_experts,
+)
 from vllm_babai.triton_kernels.experts.layout import experts_layout
+from vllm_babai.triton_kernels.experts.trellis import trellis_experts_layout
 from vllm_babai.triton_kernels.layout import device_layout
 from vllm_babai.triton_kernels.lookup import look_up
 from vllm_babai.triton_kernels.trellis.dispatch import multiply_trellis, warm_up_trellis
@@ -20,9 +26,12 @@ __all__ = [
     "multiply_coded",
     "multiply_experts",
     "multiply_trellis",
+    "multiply_trellis_experts",
+    "trellis_experts_layout",
     "trellis_layout",
     "warm_up",
     "warm_up_coded",
     "warm_up_experts",
     "warm_up_trellis",
+    "warm_up_trellis_experts",
 ]

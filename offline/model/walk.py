@@ -119,8 +119,6 @@ def parts_of(model: StreamedModel, options: QuantizeOptions) -> list[Part]:
     linears = {name: tuple(model.linears(name)) for name in model.block_names}
     linears = {name: tuple(n for n in every if not options.ignores(n)) for name, every in linears.items()}
     linears |= {name: (name,) for name in bits_outside(model, options)}
-    if options.format == "trellis" and any(model.experts(name) for name in model.block_names):
-        raise QuantizationError("--format trellis has no experts yet: use ssqr or hptq for a mixture of experts")
     if not any(linears.values()):
         raise QuantizationError("--ignore excludes every linear of the model")
     count = len(linears) + 1

@@ -1,22 +1,43 @@
 """Random mixtures of experts, and what their results are held against."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
+import numpy as np
 import torch
 from interpreted import layout_of, random_weight
 from torch import Tensor
+from trellis_cases import EVERY, random_trellis
 
-from vllm_babai.format import LatticeWeight
-from vllm_babai.ops.experts import ExpertTensors
+from vllm_babai.format import LatticeWeight, Weight
+from vllm_babai.format.trellis.blob import TrellisWeight
+from vllm_babai.format.trellis.window import cut_window
+from vllm_babai.ops.experts import ExpertTensors, TrellisExperts
 from vllm_babai.ops.layout import DeviceLayout
-from vllm_babai.triton_kernels import experts_layout, multiply_experts
+from vllm_babai.triton_kernels import (
+    experts_layout,
+    multiply_experts,
+    multiply_trellis_experts,
+    trellis_experts_layout,
+)
+
+
+class AnyMixture(Protocol):
+    """gate_up [2 · inner, hidden] and down [hidden, inner] of each expert, and the product with them."""
+
+    gate_up: list[Weight]
+    down: list[Weight]
+    biases: tuple[Tensor, ...]
+
+    def multiply(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor: ...
+
 
 NO_BIASES = (torch.zeros(1024, 1), torch.zeros(1024, 1))  # of any expert
 
 
 @dataclass
 class Mixture:
-    """gate_up [2 · inner, hidden] and down [hidden, inner] of each expert."""
+    """Dense + sparse."""
 
     gate_up: list[LatticeWeight]
     down: list[LatticeWeight]
@@ -30,6 +51,41 @@ class Mixture:
         rows = len(self.gate_up[0].integers)
         sizes = (self.bits, self.bits, rows, rows // 2)
         return ExpertTensors(experts_layout(first), experts_layout(second), *sizes, self.biases), first
+
+    def multiply(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return multiply_experts(x, weights, ids, self.tensors()[0], activate)
+
+
+@dataclass
+class TrellisMixture:
+    """In the trellis form."""
+
+    gate_up: list[TrellisWeight]
+    down: list[TrellisWeight]
+    biases: tuple[Tensor, ...] = ()
+
+    def tensors(self) -> TrellisExperts:
+        """For the kernels."""
+        layouts = []
+        for weights in (self.gate_up, self.down):
+            rows, columns = weights[0].shape
+            windows = [cut_window(weight, slice(0, rows), slice(0, columns)) for weight in weights]
+            layouts.append(trellis_experts_layout(windows, torch.device("cpu")))
+        rows = self.gate_up[0].shape[0]
+        return TrellisExperts(*layouts, len(self.down), rows, rows // 2, self.biases)
+
+    def multiply(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return multiply_trellis_experts(x, weights, ids, self.tensors(), activate)
+
+
+def random_trellis_experts(number: int, hidden: int, inner: int, bits: tuple[int, ...] = EVERY) -> TrellisMixture:
+    """Tiles of any of these bits, other words for each expert."""
+
+    def experts(rows: int, columns: int) -> list[TrellisWeight]:
+        weight = random_trellis(rows, columns, bits)
+        return [replace(weight, words=np.roll(weight.words, 37 * expert)) for expert in range(number)]
+
+    return TrellisMixture(experts(2 * inner, hidden), experts(hidden, inner))
 
 
 def random_experts(
@@ -46,7 +102,7 @@ def activate(outputs: Tensor) -> Tensor:
     return (gate * up).to(outputs.dtype)
 
 
-def check(mixture: Mixture, x: Tensor, k: int = 2, elsewhere: float = 0.0) -> None:
+def check(mixture: AnyMixture, x: Tensor, k: int = 2, elsewhere: float = 0.0) -> None:
     """The result is no further from the float64 one than 1.5 times the same in bf16, from dequantized weights.
 
     elsewhere: share of visits that belong to no expert here.
@@ -55,7 +111,7 @@ def check(mixture: Mixture, x: Tensor, k: int = 2, elsewhere: float = 0.0) -> No
     ids = torch.stack([torch.randperm(experts)[:k] for _ in x]).int()
     ids = torch.where(torch.rand(ids.shape) < elsewhere, -1, ids)
     weights = torch.rand(ids.shape)
-    y = multiply_experts(x, weights, ids, mixture.tensors()[0], activate)
+    y = mixture.multiply(x, weights, ids)
     exact, rounded = (torch.zeros(x.shape, dtype=torch.float64) for _ in range(2))
     for token, choice in (ids >= 0).nonzero().tolist():
         first, second = (part[ids[token, choice]].dequantize() for part in (mixture.gate_up, mixture.down))

@@ -26,6 +26,7 @@ from vllm_babai.triton_kernels.dequantize import dense_kernel, dequantize_form, 
 from vllm_babai.triton_kernels.entropy import WARP, Streams, decode_kernel
 from vllm_babai.triton_kernels.experts import combine, grouped, route
 from vllm_babai.triton_kernels.experts import fused as experts_fused
+from vllm_babai.triton_kernels.experts import trellis as experts_trellis
 from vllm_babai.triton_kernels.fused import Operands, Tiling, fused_kernel, fused_tiling
 from vllm_babai.triton_kernels.layout import Geometry
 from vllm_babai.triton_kernels.lookup import dense_rows_kernel, overflow_rows_kernel
@@ -80,6 +81,12 @@ TRELLIS_FUSED = {
     **TRELLIS,
     "operands": trellis_fused.Operands("*fp16", "*fp32", "*fp32", "*i32", "*bf16"),
     **dict.fromkeys(("m", "shares"), "i32"),
+}
+TRELLIS_EXPERTS = {
+    "layer": TRELLIS["layer"],
+    "operands": experts_trellis.Operands("*fp16", "*fp32", "*fp32", "*i32", "*bf16", "*i32", "*i32", "*bf16"),
+    "sizes": experts_trellis.Sizes(n="i32:16", blocks="i32:16", rows="i32:16", columns="i32:16"),
+    **dict.fromkeys(("blocks", "shares", "per_row"), "i32"),
 }
 TRELLIS_DECODE = {**TRELLIS, "weight_ptr": "*bf16", **dict.fromkeys(("first_row", "last_row"), "i32")}
 
@@ -314,6 +321,12 @@ def trellis_gate(architecture: str, target: Target) -> dict[str, dict[str, float
         tiling = trellis_fused.fused_tiling(tokens, target)._replace(low=bits, high=bits)
         compiled = compile_kernel(trellis_fused.fused_kernel, TRELLIS_FUSED, {"TILING": tiling}, architecture, 1)
         name = f"trellis {bits / 2:g} bits, {tokens} token{'s' if tokens > 1 else ''}"
+        results[name] = measure(compiled, turn)
+    for bits, tokens in [(4, 1), (4, 16)] if architecture == "sm_90" else []:
+        tiling = trellis_fused.fused_tiling(tokens, target)._replace(low=bits, high=bits)
+        constants = {"TILING": tiling}
+        compiled = compile_kernel(experts_trellis.experts_kernel, TRELLIS_EXPERTS, constants, architecture, 1)
+        name = f"experts, trellis {bits / 2:g} bits, {tokens} row{'s' if tokens > 1 else ''}"
         results[name] = measure(compiled, turn)
     constants = {"BITS": (4, 4), "SHARE": trellis_dequantize.ENTRIES, "BACKEND": target.backend}
     compiled = compile_kernel(trellis_dequantize.decode_kernel, TRELLIS_DECODE, constants, architecture, 1)

@@ -5,13 +5,15 @@ Collected by `test_interpreter.py`; by hand: `TRITON_INTERPRET=1 pytest tests/ke
 
 import pytest
 import torch
-from expert_cases import check, random_experts
+from expert_cases import check, random_experts, random_trellis_experts
 
-from vllm_babai.triton_kernels import dequantize, multiply_experts, warm_up_experts
+from vllm_babai.triton_kernels import dequantize, multiply_experts, warm_up_experts, warm_up_trellis_experts
 from vllm_babai.triton_kernels.configs import Target
 from vllm_babai.triton_kernels.experts import dispatch
 from vllm_babai.triton_kernels.experts import layout as expert_layout
 from vllm_babai.triton_kernels.experts.route import block_rows, route
+from vllm_babai.triton_kernels.trellis import dequantize as trellis_dequantize
+from vllm_babai.triton_kernels.trellis import fused as trellis_fused
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -52,6 +54,29 @@ def test_dequantized_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     check(random_experts(2, 80, 72, 4), torch.randn(3, 80).to(dtype), elsewhere=0.3)
 
 
+@pytest.mark.parametrize(("tokens", "number"), [(1, 3), (5, 3), (40, 3)])
+def test_trellis(tokens: int, number: int) -> None:
+    """One row a block, sorted blocks of 16 and 32 rows; rows of an expert that fill no block."""
+    check(random_trellis_experts(number, 72, 24, (3, 4)), torch.randn(tokens, 72).bfloat16(), elsewhere=0.2)
+
+
+def test_trellis_in_shares_and_with_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target("interpreter", "sm_90", "interpreter", 1000)
+    monkeypatch.setattr(Target, "of", lambda device: target)
+    monkeypatch.setattr(trellis_fused, "SMALLEST_SHARE", 1)
+    mixture = random_trellis_experts(2, 320, 16, (3, 4))
+    mixture.biases = torch.randn(2, 32).bfloat16(), torch.randn(2, 320).bfloat16()
+    check(mixture, torch.randn(3, 320).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.long)])
+def test_trellis_dequantized_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a workspace that holds a tile of an expert."""
+    monkeypatch.setattr(trellis_dequantize, "WORKSPACE", 128 * 40)
+    monkeypatch.setattr(dispatch, "goes_dequantized", lambda *_: True)
+    check(random_trellis_experts(2, 40, 72, (3, 4)), torch.randn(3, 40).to(dtype), elsewhere=0.3)
+
+
 def test_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target("interpreter", "sm_90", "interpreter", 1000)
     monkeypatch.setattr(Target, "of", lambda device: target)
@@ -76,6 +101,7 @@ def test_every_visit_has_a_row_of_its_own_in_a_block_of_its_expert() -> None:
 def test_warm_up_no_tokens_and_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     experts, layouts = random_experts(2, 64, 32, 4).tensors()
     warm_up_experts(experts, 64, torch.bfloat16)
+    warm_up_trellis_experts(random_trellis_experts(2, 64, 32, (4,)).tensors(), 64, torch.bfloat16)
     nothing = torch.empty(0, 2)
     assert multiply_experts(torch.empty(0, 64).half(), nothing, nothing.int(), experts, torch.relu).shape == (0, 64)
     monkeypatch.setattr(expert_layout, "MOST_WORDS", 100)

@@ -30,6 +30,7 @@ INSTRUCTIONS_PER_WEIGHT = {
     "3 bits, 1 token": 2.6,
     "trellis 2 bits, 1 token": 2.6,
     "trellis 3 bits, 1 token": 2.8,
+    "experts, trellis 2 bits, 1 row": 2.6,
     "experts 4 bits, 1 row": 2.5,
     "experts 3 bits, 1 row": 2.6,
     "decode coded": 80,

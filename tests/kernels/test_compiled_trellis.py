@@ -6,12 +6,24 @@ Each case compiles the loops of the numbers of bits that its weight has, which t
 import pytest
 import torch
 from emulator.compiled import Compiled
+from expert_cases import check as check_experts
+from expert_cases import random_trellis_experts
 from trellis_cases import check, layout_of, random_trellis
 
 from vllm_babai.triton_kernels.configs import Target
+from vllm_babai.triton_kernels.experts import combine, dispatch, grouped, route
+from vllm_babai.triton_kernels.experts import trellis as experts
 from vllm_babai.triton_kernels.trellis import dequantize, fused, prepare
 
-KERNELS = ((prepare, "prepare_kernel"), (fused, "fused_kernel"), (dequantize, "decode_kernel"))
+KERNELS = (
+    (prepare, "prepare_kernel"),
+    (fused, "fused_kernel"),
+    (dequantize, "decode_kernel"),
+    (experts, "experts_kernel"),
+    (grouped, "product_kernel"),
+    (route, "sort_kernel"),
+    (combine, "combine_kernel"),
+)
 
 
 def compile_for(architecture: str, bits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,3 +66,24 @@ def test_dequantized_weight_is_exact(dtype: torch.dtype, monkeypatch: pytest.Mon
     weight = random_trellis(70, 200, (3, 4))
     dense = dequantize.dequantize(layout_of(weight), 200, dtype, "cuda")
     assert torch.equal(dense, weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "bits", "tokens"),
+    [("sm_90", (4,), 1), ("sm_80", (3,), 5), pytest.param("sm_120", (5, 6), 40, marks=pytest.mark.long)],
+)
+def test_experts(architecture: str, bits: tuple[int, ...], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row a block, and blocks of sorted rows; some visits are another rank's."""
+    compile_for(architecture, bits, monkeypatch)
+    mixture = random_trellis_experts(3, 200, 40, bits)
+    if tokens > 1:
+        mixture.biases = torch.randn(3, 80).bfloat16(), torch.randn(3, 200).bfloat16()
+    check_experts(mixture, torch.randn(tokens, 200).bfloat16(), elsewhere=0.2)
+
+
+@pytest.mark.long
+def test_dequantized_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_for("sm_80", (4,), monkeypatch)
+    monkeypatch.setattr(dispatch, "goes_dequantized", lambda *_: True)
+    monkeypatch.setattr(dequantize, "WORKSPACE", 128 * 80)
+    check_experts(random_trellis_experts(2, 80, 72, (4,)), torch.randn(3, 80).bfloat16(), elsewhere=0.3)

@@ -15,6 +15,7 @@ from vllm_babai.triton_kernels import coded, dequantize, entropy, fused, lookup,
 from vllm_babai.triton_kernels.configs import BUCKETS, Config, Target
 from vllm_babai.triton_kernels.experts import combine, gather, grouped, route
 from vllm_babai.triton_kernels.experts import fused as experts_fused
+from vllm_babai.triton_kernels.experts import trellis as experts_trellis
 from vllm_babai.triton_kernels.layout import Geometry
 from vllm_babai.triton_kernels.trellis import decode, prepare
 from vllm_babai.triton_kernels.trellis import dequantize as trellis_dequantize
@@ -24,7 +25,7 @@ from vllm_babai.triton_kernels.tuning.bench import random_layout
 
 MODULES = (coded, dequantize, entropy, fused, lookup, overflow, transpose, unpack)
 MODULES += (decode, trellis_dequantize, trellis_fused, prepare, experts_fused, grouped)
-MODULES += (route, gather, combine)
+MODULES += (route, gather, combine, experts_trellis)
 FUNCTIONS = {
     f"{module.__name__.removeprefix('vllm_babai.triton_kernels.')}.{name}": function
     for module in MODULES

@@ -10,8 +10,10 @@ from vllm_babai.format.trellis.window import cut_window
 from vllm_babai.ops.trellis import TrellisTensors
 from vllm_babai.triton_kernels import multiply_trellis, trellis_layout
 
+EVERY = tuple(range(2, MOST_BITS + 1))  # bits that a pair may have
 
-def random_trellis(rows: int, columns: int, bits: tuple[int, ...] = tuple(range(2, MOST_BITS + 1))) -> TrellisWeight:
+
+def random_trellis(rows: int, columns: int, bits: tuple[int, ...] = EVERY) -> TrellisWeight:
     """Tiles of any of these bits, rows in any order, random words."""
     generator = np.random.default_rng(rows + columns)
     blocks, tiles = -(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)

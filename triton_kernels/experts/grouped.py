@@ -5,6 +5,7 @@ vLLM captures launches in graphs and plans them ahead, so nothing here may ask h
 bf16 for gate and up of 160 experts of 1536 × 5120. Hence a kernel that takes those that the workspace holds.
 """
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.triton_kernels.configs import Target
-from vllm_babai.triton_kernels.dequantize import dequantized_parts
 from vllm_babai.triton_kernels.experts.route import Routing
-from vllm_babai.triton_kernels.layout import ROW_ALIGNMENT, Geometry, geometry_of
+from vllm_babai.triton_kernels.layout import ROW_ALIGNMENT
 from vllm_babai.triton_kernels.unpack import matrix_product, round_to
 
 PRODUCT_BLOCK = 128  # rows of a block of visits, a choice: what matrix instructions of sm_90 are fastest with
@@ -112,25 +111,22 @@ def multiply_grouped(
     x: Tensor,
     per_row: int,
     routing: Routing,
-    layout: DeviceLayout,
-    geometry: Geometry,
+    sizes: Sizes,
     bias: Tensor | None,
-    target: Target,
+    parts: Callable[[torch.dtype], Iterator[Tensor]],
 ) -> Tensor:
     """x [visits / per_row, in_features] bf16, fp16 or fp32 → y [visits, out_features] in x's dtype, a row a visit.
 
-    per_row: visits that share a row of x. layout: of all experts. geometry: of one. bias: [experts, out_features].
-    Rows of visits that belong to no expert here are left as they are. Deterministic.
-    fp16 goes through bf16: fp16 has no room for small scales times large integers.
+    per_row: visits that share a row of x. bias: [experts, out_features]. parts(dtype): the weights of all experts in
+    that dtype, some rows after the other, multiples of ROW_ALIGNMENT. Rows of visits that belong to no expert here are
+    left as they are. Deterministic. fp16 goes through bf16: fp16 has no room for small scales times large integers.
     """
     inputs = x.to(torch.bfloat16) if x.dtype == torch.float16 else x
-    tall = geometry_of(geometry.bits, geometry.in_features, layout.scales.shape[1])
-    sizes = Sizes(geometry.out_features, geometry.in_features, geometry.padded_rows)
-    form = product(geometry.in_features, inputs.dtype, target, biased=bias is not None)
-    y = x.new_empty(len(x) * per_row, geometry.out_features)
-    grid = (len(routing.owners) * -(-geometry.out_features // form.rows),)
+    form = product(sizes.k, inputs.dtype, Target.of(x.device), biased=bias is not None)
+    y = x.new_empty(len(x) * per_row, sizes.n)
+    grid = (len(routing.owners) * -(-sizes.n // form.rows),)
     first = 0
-    for weight in dequantized_parts(layout, tall, inputs.dtype, target.backend):
+    for weight in parts(inputs.dtype):
         last = first + len(weight)
         product_kernel[grid](
             Operands(inputs, weight, y, routing.owners, routing.visits, inputs if bias is None else bias),

@@ -58,12 +58,14 @@ def decode_kernel(
                 tl.store(row_ptrs + column, round_to(values, weight_ptr.dtype.element_ty, BACKEND), mask=mask)
 
 
-def dequantized_parts(trellis: TrellisTensors, in_features: int, dtype: torch.dtype, backend: str) -> Iterator[Tensor]:
-    """The weight [out_features, in_features], rounded once to bf16 or exact in fp32, some rows at a time: WORKSPACE
-    weights at most, or one row. A block whose rows are in two parts is decoded twice.
+def dequantized_parts(
+    trellis: TrellisTensors, in_features: int, dtype: torch.dtype, backend: str, multiple: int = 1
+) -> Iterator[Tensor]:
+    """The weight [out_features, in_features], rounded once to bf16 or exact in fp32, a multiple of `multiple` rows at a
+    time: WORKSPACE weights at most, or so many rows. A block whose rows are in two parts is decoded twice.
     """
     layer, sizes = arguments(trellis, in_features)
-    step = max(1, WORKSPACE // sizes.k)
+    step = max(1, WORKSPACE // (sizes.k * multiple)) * multiple
     shares = -(-_longest_list(in_features) // ENTRIES)
     for first in range(0, sizes.n, step):
         last = min(sizes.n, first + step)

@@ -51,7 +51,7 @@ class Tiling(NamedTuple):
 
     tokens: of a matrix product. stored_tokens: of these that may exist, the bucket. shares_step: partial sums of an
     element that are loaded at a time. low, high: bits that tiles may have. dependent: may start before x is prepared.
-    backend: of `Target`.
+    backend: of `Target`. biased: an expert's bias is added, see `experts.trellis`.
     """
 
     tokens: int
@@ -61,6 +61,7 @@ class Tiling(NamedTuple):
     high: int
     dependent: bool
     backend: str
+    biased: bool = False
 
 
 @triton.jit(do_not_specialize=["m", "shares"])
@@ -70,44 +71,41 @@ def fused_kernel(layer, operands, sizes, m, shares, TILING: tl.constexpr):
     layer: `Layer`. operands: `Operands`. sizes: `Sizes`. m: tokens. TILING: `Tiling`.
     Grid: [token tiles · blocks · shares].
     """
-    ROWS: tl.constexpr = UNITS.value.rows
-    PRODUCT_TOKENS: tl.constexpr = TILING.tokens
-    TOKENS: tl.constexpr = TILING.stored_tokens
+    TOKENS: tl.constexpr = TILING.tokens
+    STORED: tl.constexpr = TILING.stored_tokens
     tile, share = tl.program_id(0) // shares, tl.program_id(0) % shares
-    block, first_token = tile % sizes.blocks, tile // sizes.blocks * TOKENS
+    block, first_token = tile % sizes.blocks, tile // sizes.blocks * STORED
     if TILING.dependent:
         tl.extra.cuda.gdc_wait()  # for x to be prepared
-    total = _share_sum(layer, operands.x, sizes, m, (block, share, shares, first_token), TILING)
-    rows = tl.arange(0, ROWS)
-    tokens = tl.arange(0, PRODUCT_TOKENS)
-    if shares == 1:
-        _write(layer, operands, sizes, m, block, first_token + tokens[None, :], total, TILING)
-    else:
-        offsets = rows[:, None] * TOKENS + tokens[None, :]
-        slot = tl.program_id(0) * (ROWS * TOKENS)
-        tl.store(operands.partials + slot + offsets, total, mask=tokens[None, :] < TOKENS)
-        tl.debug_barrier()  # all of this program's stores come before its arrival
-        arrived = tl.atomic_add(operands.counters + tile, 1, sem="acq_rel")
-        if arrived == shares - 1:
-            _sum_shares(layer, operands, sizes, m, (tile, shares, block, first_token), TILING)
+    x_rows = tl.minimum(first_token + lane_tokens(TOKENS), m - 1)
+    total = share_sum(layer, operands.x, x_rows, sizes, (block, share, shares), TILING)
+    tokens = first_token + tl.arange(0, TOKENS)
+    stored = first_token + tl.arange(0, STORED)
+    outputs = ((tokens, tokens, tokens < m), (stored, stored, stored < m))
+    finish_block(layer, operands, sizes, (tile, shares, block, 0), outputs, total, TILING)
 
 
 @triton.jit
-def _share_sum(layer, x_ptr, sizes, m, place, TILING: tl.constexpr):
+def lane_tokens(TOKENS: tl.constexpr):
+    """Which tokens of a matrix product each lane holds, [TOKENS / 8, lanes]."""
+    lane = tl.arange(0, UNITS.value.lanes)
+    return tl.arange(0, TOKENS // 8)[:, None] * 8 + (lane >> 2)[None, :]
+
+
+@triton.jit
+def share_sum(layer, x_ptr, x_rows, sizes, place, TILING: tl.constexpr):
     """The sum over a share of a block's tiles, without scales, fp32 [ROWS, tokens]; row 8 r + g is row 2 g + r.
 
-    place: block, share, shares, first token.
+    x_rows: of the tokens that `lane_tokens` says. place: block, share, shares.
     """
     ROWS: tl.constexpr = UNITS.value.rows
-    LANES: tl.constexpr = UNITS.value.lanes
     RUN: tl.constexpr = UNITS.value.run
     TOKENS: tl.constexpr = TILING.tokens
     LOW: tl.constexpr = TILING.low
     HIGH: tl.constexpr = TILING.high
-    block, share, shares, first_token = place
-    lane = tl.arange(0, LANES)
-    tokens = first_token + tl.arange(0, TOKENS // 8)[:, None] * 8 + (lane >> 2)[None, :]
-    x_offsets = tl.minimum(tokens, m - 1) * sizes.columns + ((lane & 3) * RUN)[None, :]
+    block, share, shares = place
+    lane = tl.arange(0, UNITS.value.lanes)
+    x_offsets = x_rows * sizes.columns + ((lane & 3) * RUN)[None, :]
     x_ptrs = x_ptr + x_offsets[:, :, None] + tl.arange(0, RUN // 2)[None, None, :]
     starts = layer.starts + block * UNITS.value.starts
     own = layer.words + tl.load(starts + UNITS.value.starts - 1).to(tl.int64) * ROWS
@@ -148,34 +146,64 @@ def _run_sum(tiles_ptr, own, x_ptrs, run, total, BITS: tl.constexpr, BACKEND: tl
 
 
 @triton.jit
-def _sum_shares(layer, operands, sizes, m, place, TILING: tl.constexpr):
-    """Add up the partial sums of a tile, several at once for the sake of latency. place: tile, shares, block, token."""
+def finish_block(layer, operands, sizes, place, outputs, total, TILING: tl.constexpr):
+    """Write a block of y, or this share of it, of which the last to arrive adds up all.
+
+    place: tile, shares, block, and which row of the layer is the first of y. outputs: of the product's tokens and of
+    those that are stored, rows of y, rows of x, and whether there is such a token.
+    """
     ROWS: tl.constexpr = UNITS.value.rows
-    TOKENS: tl.constexpr = TILING.stored_tokens
-    STEP: tl.constexpr = TILING.shares_step
-    tile, shares, block, first_token = place
-    tokens = tl.arange(0, TOKENS)[None, :]
-    offsets = tl.arange(0, ROWS)[:, None] * TOKENS + tokens
-    total = tl.zeros((ROWS, TOKENS), tl.float32)
-    for first in range(0, shares, STEP):
-        share = first + tl.arange(0, STEP)[:, None, None]
-        ptrs = operands.partials + (tile * shares + share) * (ROWS * TOKENS) + offsets[None, :, :]
-        total += tl.sum(tl.load(ptrs, mask=share < shares, other=0.0, cache_modifier=".cg"), 0)
-    _write(layer, operands, sizes, m, block, first_token + tokens, total, TILING)
+    STORED: tl.constexpr = TILING.stored_tokens
+    tile, shares, block, first_row = place
+    tokens, stored = outputs
+    if shares == 1:
+        _write(layer, operands, sizes, (block, first_row), tokens, total, TILING)
+    else:
+        token = tl.arange(0, TILING.tokens)[None, :]
+        offsets = tl.arange(0, ROWS)[:, None] * STORED + token
+        slot = tl.program_id(0) * (ROWS * STORED)
+        tl.store(operands.partials + slot + offsets, total, mask=token < STORED)
+        tl.debug_barrier()  # all of this program's stores come before its arrival
+        arrived = tl.atomic_add(operands.counters + tile, 1, sem="acq_rel")
+        if arrived == shares - 1:
+            summed = _sum_shares(operands, tile, shares, TILING)
+            _write(layer, operands, sizes, (block, first_row), stored, summed, TILING)
 
 
 @triton.jit
-def _write(layer, operands, sizes, m, block, tokens, total, TILING: tl.constexpr):
-    """Scale sums [ROWS, …] of tokens [1, …] and store them where their rows belong in y."""
+def _sum_shares(operands, tile, shares, TILING: tl.constexpr):
+    """The partial sums of a tile added up, fp32 [ROWS, stored tokens]; several at once for the sake of latency."""
     ROWS: tl.constexpr = UNITS.value.rows
+    STORED: tl.constexpr = TILING.stored_tokens
+    STEP: tl.constexpr = TILING.shares_step
+    offsets = tl.arange(0, ROWS)[:, None] * STORED + tl.arange(0, STORED)[None, :]
+    total = tl.zeros((ROWS, STORED), tl.float32)
+    for first in range(0, shares, STEP):
+        share = first + tl.arange(0, STEP)[:, None, None]
+        ptrs = operands.partials + (tile * shares + share) * (ROWS * STORED) + offsets[None, :, :]
+        total += tl.sum(tl.load(ptrs, mask=share < shares, other=0.0, cache_modifier=".cg"), 0)
+    return total
+
+
+@triton.jit
+def _write(layer, operands, sizes, place, tokens, total, TILING: tl.constexpr):
+    """Scale sums [ROWS, tokens] and store them where their rows belong in y. place, tokens: see `finish_block`."""
+    ROWS: tl.constexpr = UNITS.value.rows
+    block, first_row = place
+    y_rows, x_rows, inside = tokens
     rows = tl.arange(0, ROWS)
     own_rows = block * ROWS + (rows & 7) * 2 + (rows >> 3)  # of the product's rows
     place = tl.load(layer.places + own_rows)
     scale = tl.load(layer.scales + own_rows)
-    inside = tokens < m
-    factor = tl.load(operands.factors + tokens, mask=inside, other=0.0)
-    value = round_to(total * scale[:, None] * factor, operands.y.dtype.element_ty, TILING.backend)
-    tl.store(operands.y + tokens.to(tl.int64) * sizes.n + place[:, None], value, mask=inside & (place >= 0)[:, None])
+    factor = tl.load(operands.factors + x_rows, mask=inside, other=0.0)
+    value = total * scale[:, None] * factor[None, :]
+    if TILING.biased:
+        first_bias = operands.bias + first_row // sizes.rows * sizes.n
+        bias = tl.load(first_bias + place - first_row, mask=place >= 0, other=0.0)
+        value += bias.to(tl.float32)[:, None]
+    value = round_to(value, operands.y.dtype.element_ty, TILING.backend)
+    y_ptrs = operands.y + y_rows.to(tl.int64)[None, :] * sizes.n + (place - first_row)[:, None]
+    tl.store(y_ptrs, value, mask=inside[None, :] & (place >= 0)[:, None])
 
 
 def fused_tiling(tokens: int, target: Target) -> Tiling:
@@ -200,7 +228,7 @@ def multiply_fused(x: Tensor, trellis: TrellisTensors, tokens: int, target: Targ
     layer, sizes = arguments(trellis, in_features)
     tiling = fused_tiling(tokens, target)
     tiles = -(-m // tokens) * sizes.blocks
-    shares = _shares(tiles, len(trellis.tiles) // sizes.blocks // STEP, tokens, target)
+    shares = shares_of_block(tiles, len(trellis.tiles) // sizes.blocks // STEP, tokens, target)
     prepared = prepare(x, sizes, tiles, target)
     y = x.new_empty(m, sizes.n)
     partials = x.new_empty(tiles * shares * TILE_ROWS * tokens if shares > 1 else 0, dtype=torch.float32)
@@ -219,7 +247,7 @@ def multiply_fused(x: Tensor, trellis: TrellisTensors, tokens: int, target: Targ
     return y
 
 
-def _shares(tiles: int, turns: int, tokens: int, target: Target) -> int:
+def shares_of_block(tiles: int, turns: int, tokens: int, target: Target) -> int:
     """Shares of a block, so that the GPU is filled once. turns: of the loops, that a block of rows takes on average."""
     wanted = round(PROGRAMS_PER_PROCESSOR[tokens] * target.processors / tiles)
     return max(1, min(wanted, turns // SMALLEST_SHARE))

@@ -16,7 +16,7 @@ from vllm_babai.format import Overflow
 if TYPE_CHECKING:
     from vllm_babai.format.trellis.window import TrellisWindow
     from vllm_babai.ops.coded import CodedTensors
-    from vllm_babai.ops.experts import Activate, ExpertTensors
+    from vllm_babai.ops.experts import Activate, ExpertTensors, TrellisExperts
     from vllm_babai.ops.layout import DeviceLayout
     from vllm_babai.ops.trellis import TrellisTensors
 
@@ -62,6 +62,17 @@ class Backend(Protocol):
 
     def warm_up_experts(self, experts: "ExpertTensors", hidden: int, dtype: torch.dtype) -> None:
         """Compile everything that `multiply_experts` may use for activations of `dtype`."""
+
+    def trellis_experts_layout(self, windows: "list[TrellisWindow]", device: torch.device) -> "TrellisTensors":
+        """Arrange linears of one size in the trellis form, one an expert, as one."""
+
+    def multiply_trellis_experts(
+        self, x: Tensor, weights: Tensor, ids: Tensor, experts: "TrellisExperts", activate: "Activate"
+    ) -> Tensor:
+        """As `multiply_experts`, with experts in the trellis form."""
+
+    def warm_up_trellis_experts(self, experts: "TrellisExperts", hidden: int, dtype: torch.dtype) -> None:
+        """Compile everything that `multiply_trellis_experts` may use for activations of `dtype`."""
 
     def multiply_coded(self, x: Tensor, coded: "CodedTensors") -> Tensor:
         """As `matmul`, for a linear that stays entropy coded."""

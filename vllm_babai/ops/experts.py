@@ -1,4 +1,6 @@
-"""The tensors of all experts that a rank holds of a layer: what backends multiply with for the op `babai::moe`."""
+"""The tensors of all experts that a rank holds of a layer: what backends multiply with for `babai::moe` and
+`babai::trellis_moe`.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vllm_babai.ops.layout import DeviceLayout
+from vllm_babai.ops.trellis import TrellisTensors
 
 Activate = Callable[[Tensor], Tensor]  # [rows, rows of gate_up] → [rows, inner]
 
@@ -22,6 +25,21 @@ class ExpertTensors(NamedTuple):
     down: DeviceLayout
     gate_up_bits: int
     down_bits: int
+    gate_up_rows: int
+    inner: int
+    biases: tuple[Tensor, ...] = ()
+
+
+class TrellisExperts(NamedTuple):
+    """The linears of all experts in the trellis form, in one layout for each kind of linear.
+
+    gate_up, down: as of `ExpertTensors`, what the backend's `trellis_experts_layout` makes; each expert has as many
+    blocks of rows. number: of experts. gate_up_rows, inner, biases: as of `ExpertTensors`.
+    """
+
+    gate_up: TrellisTensors
+    down: TrellisTensors
+    number: int
     gate_up_rows: int
     inner: int
     biases: tuple[Tensor, ...] = ()

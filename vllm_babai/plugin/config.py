@@ -14,6 +14,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm_babai.format import FORMATS, CheckpointConfig, LayerScheme
 from vllm_babai.format.config import QUANT_METHOD, without_refusal
 from vllm_babai.plugin.embedding import BabaiEmbeddingMethod, HeadMethod, check_drafting, register_embedding
+from vllm_babai.plugin.expert_residency import EXPERT_RESIDENCIES
 from vllm_babai.plugin.experts import BabaiExpertsMethod
 from vllm_babai.plugin.kept import KeptTensors
 from vllm_babai.plugin.linear import BabaiLinearMethod
@@ -103,9 +104,8 @@ class BabaiConfig(QuantizationConfig):
         """How vLLM treats the layer called `prefix`; None (attention, say) leaves it to vLLM.
 
         Linears are quantized unless the checkpoint ignores them, lm_head only where its overrides name it or it is tied
-        to a quantized embedding. Raises NotImplementedError for experts in a residency other than packed or with
-        LoRA adapters and for an embedding where vLLM drafts tokens, ValueError when linears that vLLM fuses are stored
-        differently.
+        to a quantized embedding. Raises NotImplementedError for experts that are coded or with LoRA adapters and for an
+        embedding where vLLM drafts tokens, ValueError when linears that vLLM fuses are stored differently.
         """
         if isinstance(layer, RoutedExperts):
             return self._experts(layer, prefix)
@@ -153,9 +153,9 @@ class BabaiConfig(QuantizationConfig):
             return None
         check_experts(prefix)
         residency = self.checkpoint.residency
-        if residency != "packed":
+        if residency not in EXPERT_RESIDENCIES:
             raise NotImplementedError(
-                f"{prefix}: experts are served with residency 'packed' alone, not {residency!r}"
+                f"{prefix}: experts are served with residency 'packed', not {residency!r}"
                 ' (--hf-overrides \'{"babai_residency": "packed"}\')'
             )
         names = dict(zip(wanted, stored, strict=True))

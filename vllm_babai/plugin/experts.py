@@ -1,6 +1,5 @@
 """Experts in vLLM whose weights are lattice points: stored tensors → one layout for all experts → an op of ours."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,22 +11,19 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_babai.format import FormatError, Overflow, integer_range, pack, unpack
+from vllm_babai.format import FormatError
 from vllm_babai.ops.backends import backend
-from vllm_babai.ops.experts import ExpertTensors
-from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.plugin.assemble import assemble
+from vllm_babai.plugin.expert_residency import EXPERT_RESIDENCIES, HeldExperts
 from vllm_babai.plugin.kept import KeptTensors
 from vllm_babai.plugin.linear import check_offloading
-from vllm_babai.plugin.moe import multiply_experts
 from vllm_babai.plugin.parameter import Part
 from vllm_babai.plugin.progress import LoadProgress
 from vllm_babai.plugin.readers import Reader
 from vllm_babai.plugin.readers.reader import Window
-from vllm_babai.plugin.residency import PackedWeight
+from vllm_babai.plugin.residency import Placed
 
 SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}  # stem of the parameters → vLLM's names of an expert's linears in it
-FIELDS = DeviceLayout._fields
 ACTIVATIONS = {  # which need nothing but their input
     MoEActivation.SILU,
     MoEActivation.GELU,
@@ -51,7 +47,7 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
     inner: int  # columns of w2 on this rank
     experts: int  # on this rank
     numbers: dict[int, int]  # of this rank's experts → in the checkpoint
-    bits: dict[str, int]  # from process_weights_after_loading on
+    constants: dict[str, tuple[int, ...]]  # of the op, by stem; from process_weights_after_loading on
 
     def __init__(
         self,
@@ -65,6 +61,7 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
         super().__init__(moe)
         self.prefix, self.names, self.readers = prefix, names, readers
         self.progress, self.kept = progress, kept
+        self.residency = EXPERT_RESIDENCIES[readers["w2"].residency]
         self.parts: dict[tuple[int, str], dict[str, list[Part]]] = {}  # local expert and stem → by tensor
 
     def get_fused_moe_quant_config(self, layer: Module) -> None:
@@ -120,25 +117,20 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Replace the stored tensors by the layouts of all experts. Raises FormatError that names what is at fault."""
         self.kept.check(self.vllm_config.model_config, self.vllm_config.load_config)
-        self.bits = {}
+        self.constants = {}
         for stem, reader in self.readers.items():
             device = getattr(layer, f"{stem}_{next(iter(reader.form.dtypes))}").device
             weights = [self._weight(reader, number, stem) for number in range(self.experts)]
-            columns = self.hidden if stem == "w13" else self.inner
-            bits = self.bits[stem] = max(weight.bits for weight in weights)
-            maker = backend(device.type)
-            layouts = []
-            for weight in (widened(weight, bits, columns) for weight in weights):
-                parts = (weight.qweight, weight.scales, weight.overflow, bits, columns, device)
-                layouts.append(maker.device_layout(*parts))
+            placed = self.residency.place(weights, self.hidden if stem == "w13" else self.inner, device)
             for key in reader.form.dtypes:
                 delattr(layer, f"{stem}_{key}")
-            for field, tensor in maker.experts_layout(layouts)._asdict().items():
-                layer.register_parameter(f"{stem}_{field}", Parameter(tensor, requires_grad=False))
+            for name, tensor in placed.tensors.items():
+                layer.register_parameter(f"{stem}_{name}", Parameter(tensor, requires_grad=False))
+            self.constants[stem] = placed.constants
         for bias in self._biases(layer):
             if bias.isnan().any():
                 raise FormatError(f"{self.prefix}: its experts have biases, and the checkpoint has not those of all")
-        maker.warm_up_experts(self._tensors(layer), self.hidden, self.dtype)
+        self.residency.warm_up(self._held(layer), self.hidden, self.dtype)
         self.parts.clear()
         self.progress.advance("Packing")
 
@@ -157,12 +149,16 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
             x = x * topk_weights.to(x.dtype)
         ids = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
         weights = torch.ones_like(topk_weights) if on_input else topk_weights
-        return multiply_experts(x, weights.float(), ids, self._tensors(layer), layer.activation.value)
+        return self.residency.multiply(x, weights.float(), ids, self._held(layer), layer.activation.value)
 
-    def _tensors(self, layer: Module) -> ExpertTensors:
-        first, second = (DeviceLayout(*(getattr(layer, f"{stem}_{field}") for field in FIELDS)) for stem in SHARDS)
-        sizes = self.bits["w13"], self.bits["w2"], self._rows("w13"), self.inner
-        return ExpertTensors(first, second, *sizes, self._biases(layer))
+    def _held(self, layer: Module) -> Any:
+        """The experts as the backend takes them."""
+        gate_up, down = (
+            Placed({name: getattr(layer, f"{stem}_{name}") for name in self.residency.names}, self.constants[stem])
+            for stem in SHARDS
+        )
+        held = HeldExperts(gate_up, down, self.experts, self._rows("w13"), self.inner, self._biases(layer))
+        return self.residency.experts(held)
 
     def _biases(self, layer: Module) -> tuple[Tensor, ...]:
         return tuple(getattr(layer, f"{stem}_bias") for stem in SHARDS if self.moe.has_bias)
@@ -218,7 +214,7 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
         self.parts[number, stem][key].append(part)
         return True if return_success else None
 
-    def _weight(self, reader: Reader, number: int, stem: str) -> PackedWeight:
+    def _weight(self, reader: Reader, number: int, stem: str) -> Any:
         """What this rank holds of an expert."""
         columns = self.hidden if stem == "w13" else self.inner
         if self.vllm_config.load_config.load_format == "dummy":
@@ -231,14 +227,3 @@ class BabaiExpertsMethod(FusedMoEMethodBase):
                 f"{next(iter(stored))}: experts whose columns have steps of their own are not served"
             )
         return weight
-
-
-def widened(weight: PackedWeight, bits: int, columns: int) -> PackedWeight:
-    """The same weight with a dense part of `bits`, no fewer than it has; columns: of it."""
-    if weight.bits == bits:
-        return weight
-    integers = weight.overflow.added_to(unpack(weight.qweight, weight.bits, columns))
-    dense = integers.clamp(*integer_range(bits))
-    rows, places = torch.where(integers != dense)
-    rest = Overflow(rows.int(), places.int(), (integers - dense)[rows, places].int())
-    return replace(weight, bits=bits, qweight=pack(dense, bits), overflow=rest)

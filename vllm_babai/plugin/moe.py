@@ -1,7 +1,7 @@
-"""The custom op `babai::moe`: what the experts of a rank add to every token's hidden state.
+"""The custom ops `babai::moe` and `babai::trellis_moe`: what the experts of a rank add to every token's hidden state.
 
-One op for all, since the sizes within depend on the routing, which torch.compile cannot follow. It stands here and not
-in `vllm_babai.ops`, as the activation between an expert's linears is vLLM's.
+One op for all linears, since the sizes within depend on the routing, which torch.compile cannot follow. They stand here
+and not in `vllm_babai.ops`, as the activation between an expert's linears is vLLM's.
 """
 
 from typing import Any
@@ -15,11 +15,12 @@ from vllm.model_executor.layers.fused_moe.activation import (
 )
 
 from vllm_babai.ops.backends import backend
-from vllm_babai.ops.experts import ExpertTensors
+from vllm_babai.ops.experts import Activate, ExpertTensors, TrellisExperts
 from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.ops.register import register
+from vllm_babai.ops.trellis import TrellisTensors
 
-FIELDS = len(DeviceLayout._fields)
+TRELLIS_FIELDS = 5  # that are tensors
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # gpt-oss's, as vLLM has them, too
 
 
@@ -33,11 +34,40 @@ def multiply_experts(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertTen
     return torch.ops.babai.moe(x, weights, ids, [*gate_up, *down, *biases], sizes, activation)
 
 
+def multiply_trellis_experts(
+    x: Tensor, weights: Tensor, ids: Tensor, experts: TrellisExperts, activation: str
+) -> Tensor:
+    """See `multiply_experts`."""
+    gate_up, down, *sizes, biases = experts
+    shapes = [gate_up.out_features, gate_up.columns, down.out_features, down.columns]
+    tensors = [*gate_up.tensors, *down.tensors, *biases]
+    return torch.ops.babai.trellis_moe(x, weights, ids, tensors, [*shapes, *sizes], activation)
+
+
 def _moe(x: Tensor, weights: Tensor, ids: Tensor, tensors: list[Tensor], sizes: list[int], activation: str) -> Tensor:
-    layouts, biases = tensors[: 2 * FIELDS], tuple(tensors[2 * FIELDS :])
-    gate_up, down = DeviceLayout(*layouts[:FIELDS]), DeviceLayout(*layouts[FIELDS:])
+    gate_up, down, biases = _parts(tensors, len(DeviceLayout._fields))
     gate_up_bits, down_bits, rows, inner = sizes
-    experts = ExpertTensors(gate_up, down, gate_up_bits, down_bits, rows, inner, biases)
+    experts = ExpertTensors(DeviceLayout(*gate_up), DeviceLayout(*down), gate_up_bits, down_bits, rows, inner, biases)
+    return backend(x.device.type).multiply_experts(x, weights, ids, experts, _activate(activation, inner))
+
+
+def _trellis_moe(
+    x: Tensor, weights: Tensor, ids: Tensor, tensors: list[Tensor], sizes: list[int], activation: str
+) -> Tensor:
+    first, second, biases = _parts(tensors, TRELLIS_FIELDS)
+    fields: list[tuple[Any, ...]] = [(*first, *sizes[:2]), (*second, *sizes[2:4])]
+    gate_up, down = (TrellisTensors(*own) for own in fields)
+    number, gate_up_rows, inner = sizes[4:]
+    experts = TrellisExperts(gate_up, down, number, gate_up_rows, inner, biases)
+    return backend(x.device.type).multiply_trellis_experts(x, weights, ids, experts, _activate(activation, inner))
+
+
+def _parts(tensors: list[Tensor], fields: int) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]:
+    """Those of gate_up, of down, and the biases, if there are any."""
+    return tensors[:fields], tensors[fields : 2 * fields], tuple(tensors[2 * fields :])
+
+
+def _activate(activation: str, inner: int) -> Activate:
     kind = MoEActivation(activation)
 
     def activate(outputs: Tensor) -> Tensor:
@@ -47,7 +77,7 @@ def _moe(x: Tensor, weights: Tensor, ids: Tensor, tensors: list[Tensor], sizes: 
         apply_moe_activation(kind, activated, outputs)
         return activated
 
-    return backend(x.device.type).multiply_experts(x, weights, ids, experts, activate)
+    return activate
 
 
 def swiglu_of_gpt_oss(outputs: Tensor) -> Tensor:
@@ -64,12 +94,9 @@ def swiglu_of_gpt_oss(outputs: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(SWIGLU_ALPHA * gate)
 
 
-def _moe_fake(x: Tensor, *_: Any) -> Tensor:
+def _fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-library = register(
-    "moe(Tensor x, Tensor weights, Tensor ids, Tensor[] tensors, int[] sizes, str activation) -> Tensor",
-    _moe,
-    _moe_fake,
-)
+ARGUMENTS = "(Tensor x, Tensor weights, Tensor ids, Tensor[] tensors, int[] sizes, str activation) -> Tensor"
+libraries = register(f"moe{ARGUMENTS}", _moe, _fake), register(f"trellis_moe{ARGUMENTS}", _trellis_moe, _fake)

@@ -62,8 +62,9 @@ _ARITHMETIC: dict[str, Callable[..., Values]] = {  # on numbers of one type, in 
     "mad": lambda a, b, c: a * b + c,
     "fma": lambda a, b, c: a.astype(np.float64) * b + c,  # the product is exact, so that it is rounded once
     "div": lambda a, b: np.trunc(a / b),  # of 32-bit integers: exact in float64
-    "min": np.minimum,
-    "max": np.maximum,
+    "rem": np.fmod,  # with the sign of the dividend
+    "min": lambda *values: reduce(np.minimum, values),  # of two, from sm_100 on also of three
+    "max": lambda *values: reduce(np.maximum, values),
     "neg": np.negative,
     "abs": np.abs,
     "not": np.invert,
@@ -148,10 +149,12 @@ def _select(block: Block, one: Instruction, active: Mask) -> None:
 def _permute_bytes(block: Block, one: Instruction, active: Mask) -> None:
     target, low, high, selector = one.operands
     both = block.bits(low) | block.bits(high) << np.uint64(32)
-    chosen = int(block.bits(selector)[0])
-    if chosen & 0x8888:
+    chosen = block.bits(selector)  # every thread may have a selector of its own
+    if (chosen & np.uint64(0x8888)).any():
         raise Fault("a permutation that repeats signs is not implemented")
-    moved = ((both >> np.uint64(8 * (chosen >> 4 * i & 7)) & np.uint64(0xFF)) << np.uint64(8 * i) for i in range(4))
+    eight, byte = np.uint64(8), np.uint64(0xFF)
+    places = (chosen >> np.uint64(4 * i) & np.uint64(7) for i in range(4))
+    moved = ((both >> eight * place & byte) << eight * np.uint64(i) for i, place in enumerate(places))
     block.set(target, reduce(np.bitwise_or, moved), active)
 
 

@@ -1,12 +1,12 @@
 """The part of a trellis that a rank takes, cut out without decoding, and parts of several linears below each other."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from vllm_babai.format.trellis.blob import TrellisWeight
-from vllm_babai.format.trellis.code import TILE_COLUMNS, TILE_ROWS
+from vllm_babai.format.trellis.code import FEWEST_BITS, TILE_COLUMNS, TILE_ROWS
 
 NO_ROW = -1
 
@@ -63,3 +63,17 @@ def stack_windows(windows: Sequence[TrellisWindow]) -> TrellisWindow:
         np.concatenate([getattr(window, name) for window in windows]) for name in ("rates", "words", "before", "scales")
     )
     return TrellisWindow(int(firsts[-1]), rates, words, before, np.concatenate(places).astype(np.int32), scales)
+
+
+def with_blocks(window: TrellisWindow, blocks: int) -> TrellisWindow:
+    """The same window with so many blocks, those added without any row."""
+    missing, tiles = blocks - len(window.rates), window.rates.shape[1]
+    rows, none = (missing, TILE_ROWS), (0, 0)
+    return replace(
+        window,
+        rates=np.pad(window.rates, ((0, missing), none), constant_values=FEWEST_BITS),
+        words=np.pad(window.words, (0, missing * tiles * FEWEST_BITS * TILE_ROWS)),
+        before=np.concatenate([window.before, np.zeros(rows, np.uint32)]),
+        places=np.concatenate([window.places, np.full(rows, NO_ROW, np.int32)]),
+        scales=np.concatenate([window.scales, np.zeros(rows, np.float32)]),
+    )
