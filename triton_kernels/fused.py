@@ -90,12 +90,12 @@ def fused_kernel(layer, operands, sizes, m, splits, panels, TILING: tl.constexpr
         row_block, first_token = tile // token_tiles, tile % token_tiles * TOKENS
     first_row = row_block * ROWS
     rows = first_row + tl.arange(0, ROWS)
-    tokens = first_token + tl.arange(0, TOKENS)[None, :]
     blocks, own_panels = share_of_split(sizes, slot % splits, splits, panels, TILING)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     if own_panels[0] < own_panels[1]:  # first, so that the registers hold one set of sums at a time
         total = panels_sum(layer, operands, sizes, m, (first_row, first_token), own_panels, TILING)
-    total = dense_sum(layer, operands.x + tokens * sizes.k, tokens < m, sizes, first_row, blocks, total, TILING)
+    tokens = first_token + tl.arange(0, TOKENS)[None, :]
+    total = dense_sum(layer, (operands.x, tokens * sizes.k, tokens < m), sizes, first_row, blocks, total, TILING)
     if splits == 1:
         y_ptrs = operands.y + tokens.to(tl.int64) * sizes.n + rows[:, None]
         inside = (tokens < m) & (rows < sizes.n)[:, None]
@@ -170,18 +170,18 @@ def sum_splits(partials_ptr, inside, first_slot, splits, TILING: tl.constexpr):
 
 
 @triton.jit
-def dense_sum(layer, x_rows, present, sizes, first_row, blocks, total, TILING: tl.constexpr):
+def dense_sum(layer, source, sizes, first_row, blocks, total, TILING: tl.constexpr):
     """`total` and the sum over the column blocks from blocks[0] to before blocks[1], scaled, fp32 [rows, tokens].
 
-    x_rows: pointers [1, tokens] to the first feature of each. present: [1, tokens], which of them there are.
-    first_row: of the tile. total: as of `panels_sum`.
+    source: pointer to x, where the first feature of each token is, [1, tokens], and which tokens there are. first_row:
+    of the tile. total: as of `panels_sum`. Pointers to tokens would take 64 bits each, and spill (sm_80, 2 bits).
     """
     ROWS: tl.constexpr = TILING.rows
     TOKENS: tl.constexpr = TILING.tokens
     WORDS: tl.constexpr = TILING.words
     FLUSH: tl.constexpr = TILING.flush
     BLOCK_COLUMNS: tl.constexpr = TILING.block_columns
-    DTYPE: tl.constexpr = x_rows.dtype.element_ty
+    DTYPE: tl.constexpr = source[0].dtype.element_ty
     TILE_ROWS: tl.constexpr = UNITS.value.tile_rows
     PAIRS: tl.constexpr = UNITS.value.pairs
     COLUMNS: tl.constexpr = UNITS.value.slot
@@ -189,7 +189,7 @@ def dense_sum(layer, x_rows, present, sizes, first_row, blocks, total, TILING: t
     column_blocks = tl.cdiv(sizes.k, BLOCK_COLUMNS)
     rows = first_row + tl.arange(0, ROWS)
     features = tl.arange(0, COLUMNS)[:, None]
-    x_ptrs = x_rows + features
+    x_ptrs = source[0] + (source[1] + features)
     word_ptrs = (
         layer.dense
         + (rows // TILE_ROWS * column_blocks * (WORDS * TILE_WORDS) + rows % TILE_ROWS * PAIRS)[:, None]
@@ -200,7 +200,7 @@ def dense_sum(layer, x_rows, present, sizes, first_row, blocks, total, TILING: t
         words = load_words(word_ptrs + block * (WORDS * TILE_WORDS), WORDS, TILE_WORDS)
         for slot in tl.static_range(BLOCK_COLUMNS // COLUMNS):
             column = block * BLOCK_COLUMNS + slot * COLUMNS
-            inside = present
+            inside = source[2]
             if not TILING.even_k:
                 inside = inside & (column + features < sizes.k)
             x = tl.load(x_ptrs + column, mask=inside, other=0.0, cache_modifier=".ca")

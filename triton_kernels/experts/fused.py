@@ -83,16 +83,18 @@ def experts_kernel(layer, operands, sizes, blocks, splits, panels, per_row, TILI
         visits, present = visits_of(operands.visits, block, TOKENS, STORED)
         if STORED == 1:
             x_ptr = operands.x + (block // per_row).to(tl.int64) * sizes.k
-            x_rows = x_ptr + tl.arange(0, TOKENS) * sizes.k  # of which all but the first are masked
+            x_offsets = tl.arange(0, TOKENS) * sizes.k  # of which all but the first are masked
             for panel in range(own_panels[0], own_panels[1]):
                 rows = first_row + tl.arange(0, ROWS)
                 total += overflow_sum(layer, x_ptr, sizes, panel, rows, TILING.flush > 0, TILING.overflow_step)
         else:
-            x_rows = operands.x + visits // per_row * sizes.k
+            x_ptr = operands.x
+            x_offsets = visits // per_row * sizes.k
             if own_panels[0] < own_panels[1]:
                 corner = (first_row, block * STORED)
                 total = panels_sum(layer, operands, sizes, blocks * STORED, corner, own_panels, TILING)
-        total = dense_sum(layer, x_rows[None, :], present[None, :], sizes, first_row, column_blocks, total, TILING)
+        source = (x_ptr, x_offsets[None, :], present[None, :])
+        total = dense_sum(layer, source, sizes, first_row, column_blocks, total, TILING)
         columns = row_block * ROWS + tl.arange(0, ROWS)
         bias_ptrs = operands.bias + owner * sizes.n + columns
         if splits == 1:
