@@ -83,17 +83,16 @@ def experts_kernel(layer, operands, sizes, blocks, splits, panels, per_row, TILI
         visits, present = visits_of(operands.visits, block, TOKENS, STORED)
         if STORED == 1:
             x_ptr = operands.x + (block // per_row).to(tl.int64) * sizes.k
-            x_offsets = tl.arange(0, TOKENS) * sizes.k  # of which all but the first are masked
+            x_rows = x_ptr + tl.arange(0, TOKENS) * sizes.k  # of which all but the first are masked
             for panel in range(own_panels[0], own_panels[1]):
                 rows = first_row + tl.arange(0, ROWS)
                 total += overflow_sum(layer, x_ptr, sizes, panel, rows, TILING.flush > 0, TILING.overflow_step)
         else:
-            x_ptr = operands.x
-            x_offsets = visits // per_row * sizes.k
+            x_rows = operands.x + visits // per_row * sizes.k
             if own_panels[0] < own_panels[1]:
                 corner = (first_row, block * STORED)
                 total = panels_sum(layer, operands, sizes, blocks * STORED, corner, own_panels, TILING)
-        source = (x_ptr, x_offsets[None, :], present[None, :])
+        source = (x_rows[None, :], 0, present[None, :])  # with offsets registers spill here (sm_90, 4 bits, 1 row)
         total = dense_sum(layer, source, sizes, first_row, column_blocks, total, TILING)
         columns = row_block * ROWS + tl.arange(0, ROWS)
         bias_ptrs = operands.bias + owner * sizes.n + columns
