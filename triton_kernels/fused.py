@@ -173,8 +173,9 @@ def sum_splits(partials_ptr, inside, first_slot, splits, TILING: tl.constexpr):
 def dense_sum(layer, source, sizes, first_row, blocks, total, TILING: tl.constexpr):
     """`total` and the sum over the column blocks from blocks[0] to before blocks[1], scaled, fp32 [rows, tokens].
 
-    source: pointer to x, where the first feature of each token is, [1, tokens], and which tokens there are. first_row:
-    of the tile. total: as of `panels_sum`. Pointers to tokens would take 64 bits each, and spill (sm_80, 2 bits).
+    source: pointer to x, where the first feature of each token is, [1, tokens], and which tokens there are; or pointers
+    to the tokens, and 0. Either spills registers where the other does not (sm_80, 2 bits; experts on sm_90, 4 bits).
+    first_row: of the tile. total: as of `panels_sum`.
     """
     ROWS: tl.constexpr = TILING.rows
     TOKENS: tl.constexpr = TILING.tokens
