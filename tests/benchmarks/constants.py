@@ -4,11 +4,11 @@
     python tests/benchmarks/constants.py SPANS "(0.5,)" "(0.5, 0.125)" --size 2
     python tests/benchmarks/constants.py            # the constants, and where each stands
 
-`--size` is bits in SSQR and the rate in HPTQ. One line for each value: bits per weight; the expected loss in nats per
-token that the solver ends at (half the sum of the measured errors of all linears, nearly free of noise, but an
-expectation); loss and KL divergence as measured on text, with their standard errors; and seconds. Compare values of one
-run: the size moves a little with the value, so a value wins where loss is lower at no more bits. `--calibrate N` and
-`--windows N` set how much text is used.
+`--size` is bits in SSQR, the rate in HPTQ and bits per weight in the trellis form. One line for each value: bits per
+weight; the expected loss in nats per token that the solver ends at (half the sum of the measured errors of all
+linears, nearly free of noise, but an expectation); loss and KL divergence as measured on text, with their standard
+errors; and seconds. Compare values of one run: the size moves a little with the value, so a value wins where loss is
+lower at no more bits. `--calibrate N` and `--windows N` set how much text is used.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("name", nargs="?")
     parser.add_argument("values", nargs="*", type=ast.literal_eval)
-    parser.add_argument("--format", choices=("ssqr", "hptq"), default="ssqr")
+    parser.add_argument("--format", choices=("ssqr", "hptq", "trellis"), default="ssqr")
     parser.add_argument("--size", type=float, default=3)
     parser.add_argument("--calibrate", type=int, default=32, help="sequences of 256 tokens")
     parser.add_argument("--windows", type=int, default=32, help="windows of 512 tokens to measure on; 0: do not")
@@ -67,7 +67,8 @@ def options_for(arguments: argparse.Namespace, scratch: Path) -> QuantizeOptions
     text = runpy.run_path(str(DEMO / "text.py"))
     for name in ("calibration", "evaluation"):
         text["write_jsonl"](scratch / f"{name}.jsonl", text[f"{name.upper()}_MODULES"])
-    size = {"rate": arguments.size} if arguments.format == "hptq" else {"bits": int(arguments.size)}
+    sizes = {"ssqr": {"bits": int(arguments.size)}, "hptq": {"rate": arguments.size}}
+    size = (sizes | {"trellis": {"target_bits": arguments.size}})[arguments.format]
     return QuantizeOptions(
         format=arguments.format,
         calibration=str(scratch / "calibration.jsonl"),

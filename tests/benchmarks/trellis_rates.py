@@ -6,7 +6,6 @@ expected loss that the solver ends at, loss and KL divergence as measured, secon
 """
 
 import json
-import runpy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-from constants import line
-from harness import DEMO, command_line
+from constants import line, options_for
+from harness import command_line
 
 from vllm_babai.format.trellis.blob import stored_bits
-from vllm_babai.offline import QuantizeOptions
 from vllm_babai.offline.plan import forecast, plan
 from vllm_babai.offline.plan.forecast import Forecast
 from vllm_babai.offline.plan.plan import PlannedLinear
@@ -84,18 +82,10 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=32, help="sequences of 256 tokens")
     parser.add_argument("--windows", type=int, default=32, help="windows of 512 tokens to measure on; 0: do not")
     arguments = parser.parse_args()
-    text = runpy.run_path(str(DEMO / "text.py"))
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        for name in ("calibration", "evaluation"):
-            text["write_jsonl"](scratch / f"{name}.jsonl", text[f"{name.upper()}_MODULES"])
-        options = QuantizeOptions(
-            format="trellis",
-            calibration=str(scratch / "calibration.jsonl"),
-            samples=arguments.calibrate,
-            sequence_length=256,
-            target_bits=arguments.bits / 2 + ROOM,
-        )
+        arguments.format, arguments.size = "trellis", arguments.bits / 2 + ROOM
+        options = options_for(arguments, scratch)
         print("bits chosen by     bits     expected loss  measured loss     KL divergence     seconds")
         for part in PARTS:
             with chosen_by(part, arguments.bits):

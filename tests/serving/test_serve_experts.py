@@ -8,28 +8,25 @@ from typing import Any
 import pytest
 import transformers
 from architectures import TEXT, save_random
-from twins import answer_of_twin, served_answer
+from twins import LATENT, answer_of_twin, served_answer
 
 from vllm_babai.offline import QuantizeOptions, quantize
 
 SIZES = TEXT | {"head_dim": 32, "max_position_embeddings": 512, "num_experts_per_tok": 2}
 WIDE = {"hidden_size": 128}  # for classes that divide it among the heads, whatever head_dim says
 MANY = {"num_experts": 8, "moe_intermediate_size": 32}
-# Sizes of attention as in the published models: vLLM has kernels for no others.
-LATENT_EXPERTS = MANY | {
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "greedy",
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 512,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
+LATENT_EXPERTS = (
+    MANY
+    | LATENT
+    | {
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+    }
+)
 ONE = ("--dtype", "float32")
 # Name → class and sizes of the configuration, options of the quantizer and of the server.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = {

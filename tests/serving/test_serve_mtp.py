@@ -11,22 +11,17 @@ import torch
 from architectures import TEXT, save_random, tensors_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DeepseekV3Config
-from twins import PROMPT, served_answer
+from twins import LATENT, PROMPT, served_answer
 
 from vllm_babai.offline import QuantizeOptions, quantize
 from vllm_babai.offline.tools.convert import convert
 
-# Sizes of attention as in the published models: vLLM has kernels for no others. The MTP layer is dense like the blocks.
+# The MTP layer is dense like the blocks.
 CONFIG = DeepseekV3Config(
     **TEXT
+    | LATENT
     | {
         "max_position_embeddings": 512,
-        "num_key_value_heads": 4,
-        "kv_lora_rank": 512,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
         "first_k_dense_replace": 3,
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,

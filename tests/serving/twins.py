@@ -18,6 +18,15 @@ from vllm_babai.offline.tools.convert import convert
 MODEL = Path(__file__).parents[2] / "deploy" / "demo" / "stdlib-6m"
 PROMPT = "class Error(Exception):\n    pass\n\n\ndef parse(text, *, strict=False):\n"
 TOKENS = 16
+# Sizes of latent attention as in the published models: vLLM has kernels for no others.
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
 
 
 class Answer(NamedTuple):

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_babai.format.trellis.code import TILE_ROWS
-from vllm_babai.format.trellis.window import TrellisWindow, stack_windows, with_blocks
+from vllm_babai.format.trellis.window import TrellisWindow, stack_windows, with_as_many_blocks
 from vllm_babai.ops.trellis import TrellisTensors
 from vllm_babai.triton_kernels.configs import Target
 from vllm_babai.triton_kernels.experts import grouped
@@ -98,9 +98,9 @@ def trellis_experts_layout(windows: Sequence[TrellisWindow], device: torch.devic
 
     An expert's rows begin at a multiple of ROW_ALIGNMENT, which tiles of a product do not cross.
     """
-    blocks = max(len(window.rates) for window in windows)
     rows = -(-windows[0].rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    return trellis_layout(stack_windows([replace(with_blocks(w, blocks), rows=rows) for w in windows]), device)
+    aligned = [replace(window, rows=rows) for window in with_as_many_blocks(windows)]
+    return trellis_layout(stack_windows(aligned), device)
 
 
 @triton.jit(do_not_specialize=["blocks", "shares", "per_row"])

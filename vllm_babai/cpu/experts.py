@@ -1,16 +1,14 @@
 """Experts on the CPU: tokens sorted by expert, so that each expert multiplies all of its tokens in one go."""
 
 from collections.abc import Callable
-from itertools import accumulate
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_babai.cpu.backend import matmul, warm_up
 from vllm_babai.cpu.trellis import multiply_trellis, trellis_layout, warm_up_trellis
-from vllm_babai.format.trellis.window import TrellisWindow, with_blocks
+from vllm_babai.format.trellis.window import TrellisWindow, join_blocks, with_as_many_blocks
 from vllm_babai.ops.experts import Activate, ExpertTensors, TrellisExperts
 from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.ops.trellis import TrellisTensors
@@ -32,13 +30,7 @@ def experts_layout(layouts: list[DeviceLayout]) -> DeviceLayout:
 
 def trellis_experts_layout(windows: list[TrellisWindow], device: torch.device) -> TrellisTensors:
     """The blocks of one expert after those of the other, filled up to as many; places are those of an expert's rows."""
-    blocks = max(len(window.rates) for window in windows)
-    filled = [with_blocks(window, blocks) for window in windows]
-    rates, words, before, places, scales = (
-        np.concatenate([getattr(window, name) for window in filled])
-        for name in ("rates", "words", "before", "places", "scales")
-    )
-    return trellis_layout(TrellisWindow(windows[0].rows, rates, words, before, places, scales), device)
+    return trellis_layout(join_blocks(with_as_many_blocks(windows), windows[0].rows), device)
 
 
 def multiply_experts(x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertTensors, activate: Activate) -> Tensor:
@@ -117,8 +109,7 @@ def _through_experts(x: Tensor, weights: Tensor, ids: Tensor, linears: Linears, 
 
 def _multiply(x: Tensor, counts: list[int], multiply: Multiply) -> Tensor:
     """What `multiply` makes of the rows of each expert; one that nobody visits is not asked. counts: of rows."""
-    firsts = accumulate(counts, initial=0)
-    return torch.cat([multiply(x[at : at + n], e) for e, (at, n) in enumerate(zip(firsts, counts, strict=False)) if n])
+    return torch.cat([multiply(rows, expert) for expert, rows in enumerate(x.split(counts)) if len(rows)])
 
 
 def _of_expert(layout: DeviceLayout, number: int) -> DeviceLayout:

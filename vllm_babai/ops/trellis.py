@@ -1,6 +1,6 @@
 """The custom op `babai::trellis_matmul`: x Wᵀ with a weight that the device holds as a trellis."""
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +11,8 @@ from vllm_babai.format.trellis.window import TrellisWindow
 from vllm_babai.ops.backends import backend
 from vllm_babai.ops.layout import check_shapes
 from vllm_babai.ops.register import register
+
+TENSORS: Final = 5  # of the fields below; integers follow
 
 
 class TrellisTensors(NamedTuple):
@@ -33,7 +35,7 @@ class TrellisTensors(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, in order."""
-        return self[:5]
+        return self[:TENSORS]
 
 
 def check_sizes(x: Tensor, trellis: TrellisTensors, **shapes: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from vllm_babai.format import Overflow, integer_range, pack, unpack
 from vllm_babai.ops.backends import backend
 from vllm_babai.ops.experts import ExpertTensors, TrellisExperts
 from vllm_babai.ops.layout import DeviceLayout
-from vllm_babai.ops.trellis import TrellisTensors
+from vllm_babai.ops.trellis import TENSORS, TrellisTensors
 from vllm_babai.plugin.moe import multiply_experts, multiply_trellis_experts
 from vllm_babai.plugin.residency import PackedWeight, Placed, TiledWeight
 
@@ -78,7 +78,7 @@ class PackedExperts:
 class TiledExperts:
     """Tiles of a trellis, by `babai::trellis_moe`. constants: see `TrellisTensors`, out_features and columns."""
 
-    names: ClassVar[tuple[str, ...]] = TrellisTensors._fields[:5]
+    names: ClassVar[tuple[str, ...]] = TrellisTensors._fields[:TENSORS]
 
     def place(self, weights: list[TiledWeight], columns: int, device: torch.device) -> Placed:
         """See `ExpertsResidency`."""

@@ -18,9 +18,8 @@ from vllm_babai.ops.backends import backend
 from vllm_babai.ops.experts import Activate, ExpertTensors, TrellisExperts
 from vllm_babai.ops.layout import DeviceLayout
 from vllm_babai.ops.register import register
-from vllm_babai.ops.trellis import TrellisTensors
+from vllm_babai.ops.trellis import TENSORS, TrellisTensors
 
-TRELLIS_FIELDS = 5  # that are tensors
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # gpt-oss's, as vLLM has them, too
 
 
@@ -54,7 +53,7 @@ def _moe(x: Tensor, weights: Tensor, ids: Tensor, tensors: list[Tensor], sizes: 
 def _trellis_moe(
     x: Tensor, weights: Tensor, ids: Tensor, tensors: list[Tensor], sizes: list[int], activation: str
 ) -> Tensor:
-    first, second, biases = _parts(tensors, TRELLIS_FIELDS)
+    first, second, biases = _parts(tensors, TENSORS)
     fields: list[tuple[Any, ...]] = [(*first, *sizes[:2]), (*second, *sizes[2:4])]
     gate_up, down = (TrellisTensors(*own) for own in fields)
     number, gate_up_rows, inner = sizes[4:]

@@ -58,14 +58,29 @@ def cut_window(weight: TrellisWeight, rows: slice, columns: slice) -> TrellisWin
 def stack_windows(windows: Sequence[TrellisWindow]) -> TrellisWindow:
     """Windows of the same columns below each other."""
     firsts = np.cumsum([0, *(window.rows for window in windows)])
-    places = [np.where(w.places == NO_ROW, NO_ROW, w.places + first) for w, first in zip(windows, firsts, strict=False)]
-    rates, words, before, scales = (
-        np.concatenate([getattr(window, name) for window in windows]) for name in ("rates", "words", "before", "scales")
+    moved = [
+        replace(window, places=np.where(window.places == NO_ROW, NO_ROW, window.places + first).astype(np.int32))
+        for window, first in zip(windows, firsts, strict=False)
+    ]
+    return join_blocks(moved, int(firsts[-1]))
+
+
+def join_blocks(windows: Sequence[TrellisWindow], rows: int) -> TrellisWindow:
+    """The blocks of windows of the same columns, one window after the other, as a window of `rows` rows."""
+    rates, words, before, places, scales = (
+        np.concatenate([getattr(window, name) for window in windows])
+        for name in ("rates", "words", "before", "places", "scales")
     )
-    return TrellisWindow(int(firsts[-1]), rates, words, before, np.concatenate(places).astype(np.int32), scales)
+    return TrellisWindow(rows, rates, words, before, places, scales)
 
 
-def with_blocks(window: TrellisWindow, blocks: int) -> TrellisWindow:
+def with_as_many_blocks(windows: Sequence[TrellisWindow]) -> list[TrellisWindow]:
+    """Windows of the same columns, each with as many blocks as the tallest; those added have no row."""
+    most = max(len(window.rates) for window in windows)
+    return [_with_blocks(window, most) for window in windows]
+
+
+def _with_blocks(window: TrellisWindow, blocks: int) -> TrellisWindow:
     """The same window with so many blocks, those added without any row."""
     missing, tiles = blocks - len(window.rates), window.rates.shape[1]
     rows, none = (missing, TILE_ROWS), (0, 0)
